@@ -1,0 +1,1 @@
+"""The block layer's core. It knows no format and no protocol by name."""

@@ -1,0 +1,390 @@
+"""The three interfaces a driver implements: Storage, Format, Filter.
+
+A driver is a class in a module of ``storage``, ``formats`` or ``filters`` (or of another package, by
+the entry-point group ``diskwright.drivers``), listed in that module's ``DRIVERS``. Drivers know nothing
+of each other: what one needs beneath it, it is handed as a ``Node``.
+
+What holds for all three:
+
+* Methods may be called from many threads at once, except where a method's text says otherwise.
+* Offsets and lengths are bytes, within the node's size, and lengths are above 0: the callers see to it.
+* Buffers are ``memoryview`` objects of format ``B``, and belong to the caller again when a call returns.
+* A method that cannot do what it is asked raises; it never does half of it silently. An ``OSError``
+  with ``ENOTSUP`` means "not this way", before anything has changed; the caller then goes another way.
+* A driver never prints, never logs an image's contents and never starts a process.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+
+from diskwright.core.leases import Leases
+from diskwright.core.options import NoOptions
+from diskwright.core.permissions import Access
+from diskwright.extents import DATA, Extent, Extents
+
+if TYPE_CHECKING:
+    from diskwright.core.node import Node
+
+Segment = tuple[int, memoryview]
+"""``(offset, buffer)``: the bytes of ``buffer`` belong at ``offset``; the length is the buffer's."""
+
+Segments = Sequence[Segment]
+
+
+def not_supported(what: str) -> OSError:
+    """The error for "not this way": an OSError with ENOTSUP."""
+    return OSError(errno.ENOTSUP, f"{what}: {os.strerror(errno.ENOTSUP)}")
+
+
+class FilePlace(NamedTuple):
+    """Bytes the kernel can move by itself: ``length`` bytes at ``offset`` of the open file ``fd``."""
+
+    fd: int
+    offset: int
+    length: int
+
+
+class Storage(ABC):
+    """Bytes at offsets, on something outside this process (or in its memory).
+
+    A storage keeps no promise of durability before ``flush`` returns; after it, every write that had
+    returned is as durable as the medium can make it.
+    """
+
+    name: ClassVar[str]
+    options: ClassVar[type] = NoOptions
+    create_options: ClassVar[type] = NoOptions
+    prefixes: ClassVar[tuple[str, ...]] = ()
+    """File names beginning with one of these and a colon belong to this driver."""
+
+    filename: str = ""
+    """What a user would call this; for messages."""
+    alignment: int = 1
+    """Requests that keep to this are served without copying; others work too, more slowly."""
+    zero_init: bool = False
+    """Whether bytes nobody has written since the storage was created or grown read as zeros."""
+
+    @classmethod
+    def parse_filename(cls, filename: str) -> dict[str, object]:
+        """The options that ``filename`` (prefix and all) stands for."""
+        return {"filename": filename}
+
+    @classmethod
+    @abstractmethod
+    def open(cls, options: Any, *, writable: bool) -> Self: ...
+
+    @classmethod
+    def create(cls, options: Any) -> None:
+        """Makes what ``open`` can then open, of the size ``options.size``. Existing contents are lost."""
+        raise not_supported(f"Driver '{cls.name}' cannot create")
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """The current size in bytes."""
+
+    @abstractmethod
+    def readv(self, segments: Segments, *, nowait: bool = False) -> None:
+        """Fills every buffer. What lies beyond the end reads as zeros.
+
+        With ``nowait`` it may raise BlockingIOError instead of waiting for a medium; buffers then hold
+        nothing of use, and the caller repeats the call without it.
+        """
+
+    @abstractmethod
+    def writev(self, segments: Segments) -> None:
+        """Writes every buffer. A write beyond the end makes the storage grow, where it can."""
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Returns when all writes that had returned are durable.
+
+        After a failed flush every later one fails too: nobody can say any more what reached the medium.
+        """
+
+    def write_zeros(self, offset: int, length: int, *, unmap: bool, fast: bool) -> None:
+        """Makes the range read as zeros. ``unmap``: space may be given back. ``fast``: raise ENOTSUP
+        when it would not be faster than writing zeros. The default supports neither and says so."""
+        raise not_supported(f"Driver '{self.name}' cannot write zeros")
+
+    def discard(self, offset: int, length: int) -> None:
+        """The range's contents no longer matter. May do nothing."""
+
+    def truncate(self, size: int, *, preallocation: str = "off") -> None:
+        """Sets the size; new bytes read as zeros. ``preallocation`` is off, falloc or full."""
+        raise not_supported(f"Driver '{self.name}' cannot change its size")
+
+    def extent_at(self, offset: int, length: int) -> Extent:
+        """The first run at ``offset``: DATA with ``file_offset == offset``, or ZERO. At most ``length`` long."""
+        return Extent(offset, length, DATA, offset)
+
+    def extents(self, offset: int, length: int) -> Extents:
+        """All runs of the range, in order and without gaps."""
+        return Extents.of(runs_of(self.extent_at, offset, length))
+
+    def place(self, offset: int, length: int) -> FilePlace | None:
+        """Where the kernel finds the bytes at ``offset``, for sendfile and its kin; None when it cannot.
+
+        Only for reading, only under a lease, and never when a plain read would give something else.
+        """
+        return None
+
+    def copy_from(self, offset: int, source: FilePlace) -> None:
+        """Like ``writev`` of ``source.length`` bytes at ``offset``, moved by the kernel. Raises ENOTSUP
+        when the kernel will not; then some of the range may have been written, and the caller writes it all."""
+        raise not_supported(f"Driver '{self.name}' cannot copy in the kernel")
+
+    def allocated_size(self) -> int | None:
+        """Bytes of the medium in use; None when unknown."""
+        return None
+
+    def set_access(self, access: Access) -> None:
+        """Announces to other processes what this one does with the storage. Raises ImageLocked."""
+
+    def close(self) -> None:
+        """Gives everything up. Does not flush."""
+
+
+class Reservation(ABC):
+    """Places for the bytes of one write, owned by it but not yet on the map.
+
+    The caller writes the guest's bytes to ``extents`` and what ``fills`` asks for, and then calls
+    ``publish`` or ``abort``, exactly once. Until then reads see what was there before. An abort, or a
+    process that dies, may leak the place and must not do worse.
+    """
+
+    extents: Sequence[Extent]
+    """DATA runs that cover the write exactly, in order."""
+    fills: Sequence[Extent] = ()
+    """DATA runs outside the write (the rest of newly taken clusters) that the caller must fill with what
+    the guest reads there now."""
+    zeroed: bool = False
+    """Whether the new places already read as zeros, so that fills of zeros can be left out."""
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Puts the places on the map. The bytes have been handed to the children's ``writev``; making
+        them durable before the map is, is the driver's affair at its next flush."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Gives the places back. Never raises."""
+
+
+class BackingHint(NamedTuple):
+    """What an image's header says of its backing file. ``format`` is None when it does not say."""
+
+    filename: str
+    format: str | None
+
+
+@dataclass
+class CheckReport:
+    """What ``check`` found. The names are those of ``qemu-img check --output=json``."""
+
+    corruptions: int = 0
+    leaks: int = 0
+    check_errors: int = 0
+    corruptions_fixed: int = 0
+    leaks_fixed: int = 0
+    total_clusters: int = 0
+    allocated_clusters: int = 0
+    fragmented_clusters: int = 0
+    compressed_clusters: int = 0
+    image_end_offset: int | None = None
+    messages: list[str] = field(default_factory=list)
+    """What was found, one line each, at most ``MAX_MESSAGES``; more are only counted."""
+
+    MAX_MESSAGES: ClassVar[int] = 1000
+
+    def say(self, message: str) -> None:
+        if len(self.messages) < self.MAX_MESSAGES:
+            self.messages.append(message)
+
+
+@dataclass
+class Info:
+    """Facts of a format beyond its size. The names are those of ``qemu-img info --output=json``."""
+
+    cluster_size: int | None = None
+    compressed: bool | None = None
+    encrypted: bool | None = None
+    dirty: bool | None = None
+    specific: Mapping[str, object] | None = None
+    """``format-specific`` data, in the order it is to be shown."""
+
+
+@dataclass(frozen=True)
+class OpenContext:
+    """What a format is handed when it is opened."""
+
+    file: Node
+    """The child the image lies in; it is child 0."""
+    leases: Leases
+    """The graph's leases; clusters go into a ``Quarantine`` of it when they are freed."""
+    open_reference: Callable[[str, str, str | None], Node]
+    """``(role, filename, driver)``: opens a file that the image names, through the user's gate, as the
+    child ``role``. Options the user gave for that role come first; then ``filename`` may be ''."""
+    writable: bool
+
+
+class Format(ABC):
+    """A map from guest bytes to bytes of children. It moves no guest data itself.
+
+    ``extent_at``, ``extents`` and ``in_place`` take no lock that data I/O is held under, and are called
+    under a lease: an answer stays valid until that lease ends. ``extent_at`` and ``extents`` agree.
+    """
+
+    name: ClassVar[str]
+    options: ClassVar[type] = NoOptions
+    create_options: ClassVar[type] = NoOptions
+    has_backing: ClassVar[bool] = False
+    """Whether UNALLOCATED ranges may be answered by a backing node."""
+    suffixes: ClassVar[tuple[str, ...]] = ()
+    """File name endings this format usually has; only a hint, never proof."""
+
+    children: tuple[Node, ...]
+    """The nodes extents speak of; ``children[0]`` is ``file``. The backing node is not among them."""
+    data_child: int = 0
+    """The child in which ``in_place`` answers."""
+    size: int
+    """The guest's size in bytes."""
+    cluster_size: int
+    """Allocation unit in bytes; 1 where there is none."""
+    backing: BackingHint | None = None
+    linear: int | None = None
+    """When guest byte ``x`` always lies at ``linear + x`` of child 0, that distance: the node then asks
+    no further. None for every other map."""
+
+    @staticmethod
+    @abstractmethod
+    def probe(head: bytes, filename: str) -> int:
+        """How sure it is, 0 to 100, that an image beginning with ``head`` (at most 2 KiB) is of this format."""
+
+    @classmethod
+    @abstractmethod
+    def open(cls, context: OpenContext, options: Any) -> Self:
+        """Reads and checks the header. Raises CorruptImage, UnsupportedFeature or LimitExceeded, before
+        anything in proportion to a field of the image is allocated."""
+
+    @classmethod
+    def create(cls, file: Node, options: Any) -> None:
+        """Makes an empty image in ``file``, which is open for writing and empty."""
+        raise not_supported(f"Format '{cls.name}' cannot create")
+
+    @abstractmethod
+    def extent_at(self, offset: int, length: int) -> Extent:
+        """The first run at ``offset``, at most ``length`` long, with as much as is contiguous at little cost.
+
+        For a SPECIAL extent ``file_offset`` and ``stored`` tell the whole stored unit.
+        """
+
+    def extents(self, offset: int, length: int) -> Extents:
+        """All runs of the range, at most ``extents.WINDOW`` long. Drivers with tables override it, vectorised."""
+        return Extents.of(runs_of(self.extent_at, offset, length))
+
+    def decode(self, extent: Extent, raw: memoryview, into: memoryview) -> None:
+        """Puts the guest bytes of a SPECIAL extent into ``into`` (``extent.length`` bytes), given its
+        ``stored`` raw bytes. Output is bounded whatever ``raw`` holds. Raises CorruptImage."""
+        raise NotImplementedError(f"{self.name} has no special extents")
+
+    def in_place(self, offset: int, length: int) -> int:
+        """Where in child ``data_child`` the whole range may simply be overwritten, or -1. Never changes anything."""
+        return -1
+
+    def reserve(self, offset: int, length: int) -> Reservation:
+        """Places for a write of the range. May cover less than asked: the extents tell how much.
+
+        It waits while another reservation is open on a cluster it needs, so a caller has at most one open.
+        """
+        raise not_supported(f"Format '{self.name}' is read-only")
+
+    def zero(self, offset: int, length: int, *, unmap: bool) -> tuple[int, int]:
+        """Makes the map say that some of the range reads as zeros: ``(offset, length)`` of what it truly
+        covered, one run within the range; ``(offset, 0)`` when none. The caller writes the rest."""
+        return offset, 0
+
+    def discard(self, offset: int, length: int) -> None:
+        """Gives back whole clusters within the range. What the guest reads there afterwards is what the
+        specification says, never bytes of something else."""
+
+    def flush(self) -> None:
+        """Makes data and metadata durable, in the order data, allocation, map; children included."""
+        for child in self.children:
+            child.flush()
+
+    def resize(self, size: int, *, preallocation: str = "off") -> None:
+        """Sets the guest's size; new bytes read as zeros. Called with no other request in flight."""
+        raise not_supported(f"Format '{self.name}' cannot be resized")
+
+    def check(self, repair: str) -> CheckReport:
+        """Looks for damage and, when ``repair`` is ``leaks`` or ``all``, mends what it can. Called with no
+        other request in flight."""
+        raise not_supported(f"Format '{self.name}' has no check")
+
+    def info(self) -> Info:
+        return Info()
+
+    def zero_init(self) -> bool:
+        """Whether a newly created image reads as zeros everywhere."""
+        return True
+
+    def close(self) -> None:
+        """Writes back what is cached, when writable. Children are closed by the graph afterwards."""
+
+
+class Filter(ABC):
+    """Stands between a node's users and a child, and passes on what it does not change.
+
+    A filter is given only whole, checked requests. It may delay, refuse, watch or double them.
+    """
+
+    name: ClassVar[str]
+    options: ClassVar[type] = NoOptions
+    child: Node
+
+    @classmethod
+    def open(cls, context: OpenContext, options: Any) -> Self:
+        raise not_supported(f"Filter '{cls.name}' cannot be opened by name")
+
+    def readv(self, segments: Segments, *, nowait: bool) -> None:
+        self.child.readv(segments, nowait=nowait)
+
+    def writev(self, segments: Segments) -> None:
+        self.child.writev(segments)
+
+    def write_zeros(self, offset: int, length: int, *, unmap: bool, fast: bool) -> None:
+        self.child.write_zeros(offset, length, unmap=unmap, fast=fast)
+
+    def discard(self, offset: int, length: int) -> None:
+        self.child.discard(offset, length)
+
+    def flush(self) -> None:
+        self.child.flush()
+
+    def transparent(self) -> bool:
+        """Whether extents and places of the child may be used directly, past ``readv``."""
+        return True
+
+    def close(self) -> None:
+        """Gives up what the filter holds. The child is closed by the graph afterwards."""
+
+
+Driver = type[Storage] | type[Format] | type[Filter]
+
+
+def runs_of(extent_at: Callable[[int, int], Extent], offset: int, length: int) -> list[Extent]:
+    """The runs of a range, by asking for the first one again and again."""
+    runs: list[Extent] = []
+    end = offset + length
+    while offset < end:
+        run = extent_at(offset, end - offset)
+        runs.append(run)
+        offset = run.end
+    return runs

@@ -1,0 +1,499 @@
+"""The graph: opens images into nodes, knows who uses what, and changes only while nothing is in flight.
+
+A *specification* of a node is a file name, or a mapping of options as QEMU's ``blockdev-add`` takes them:
+``driver``, ``node-name``, the driver's own options, and for children either a nested mapping, the name
+of a node that is open already, or ``file.filename``-style dotted keys. Without ``driver`` a file name
+is probed.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+from diskwright.core import options as opts
+from diskwright.core import probe, registry
+from diskwright.core.disk import Disk
+from diskwright.core.driver import Filter, Format, OpenContext, Storage
+from diskwright.core.gate import DirectoryGate, Gate, has_prefix, resolve
+from diskwright.core.leases import Leases
+from diskwright.core.node import FilterNode, FormatNode, Node, StorageNode, below_filters
+from diskwright.core.permissions import FORCED, READ, READER, RESIZE, WRITE, WRITE_UNCHANGED, WRITER, Access, combine
+from diskwright.errors import GraphError, ImageError, LimitExceeded, OptionError
+from diskwright.units import MAX_CHAIN
+
+Spec = str | Mapping[str, object]
+
+_COMMON = ("driver", "node-name", "read-only", "force-share", "cache")
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How a tree of nodes is opened."""
+
+    writable: bool
+    force_share: bool
+    cache: str | None = None
+    backing: bool = True
+    """Whether backing files are opened at all."""
+
+    def child_access(self, holds_format: bool) -> Access:
+        """What a storage's locks should say: a format's file may grow, so its size is its own too."""
+        if self.force_share:
+            return FORCED
+        if not self.writable:
+            return READER
+        if holds_format:
+            return Access(READ | WRITE | RESIZE, READ | WRITE_UNCHANGED)
+        return WRITER
+
+
+class Graph:
+    """All nodes of one process that may meet. Thread-safe; changes happen one at a time."""
+
+    def __init__(self, gate: Gate | None = None) -> None:
+        self.gate = gate if gate is not None else DirectoryGate()
+        self.leases = Leases()
+        self._lock = threading.RLock()
+        self._nodes: dict[str, Node] = {}
+        self._owners: dict[str, int] = {}  # node name -> how many parents, disks and openers hold it
+        self._uses: list[tuple[object, Node, Access]] = []
+        self._disks: list[Disk] = []
+        self._counter = 0
+
+    # -- opening ---------------------------------------------------------------------------------
+
+    def open(
+        self,
+        spec: Spec,
+        *,
+        driver: str | None = None,
+        writable: bool = False,
+        force_share: bool = False,
+        cache: str | None = None,
+        backing: bool = True,
+    ) -> Node:
+        """Opens ``spec`` and everything below it; returns the root node, which the caller owns (``release``).
+
+        ``driver`` names the format of a file name (None: probe). ``cache`` is a cache mode for the storages.
+        Raises OptionError, ImageError or OSError, with nothing left open.
+        """
+        with self._lock, self._undo_on_error() as made:
+            mode = Mode(writable, force_share, cache, backing)
+            node = self._open_any(spec, driver, mode, made, ())
+            self._hold(node)
+            return node
+
+    def _open_any(self, spec: Spec, driver: str | None, mode: Mode, made: list[Node], above: tuple[str, ...]) -> Node:
+        if isinstance(spec, str) and spec.startswith("json:"):
+            spec = parse_json(spec[5:])
+        if isinstance(spec, Mapping):
+            options = nest(spec)
+            named = options.get("driver", driver)
+            if named is None and "filename" not in options and "file" not in options:
+                raise OptionError("A node needs 'driver' or 'filename'")
+            if named is not None and not isinstance(named, str):
+                raise OptionError(f"'driver' must be a string, not {named!r}")
+            return self._open_options(named, options, mode, made, above)
+        if driver is not None:
+            return self._open_options(driver, {"filename": spec}, mode, made, above)
+        return self._open_options(None, {"filename": spec}, mode, made, above)
+
+    def _open_options(
+        self, driver: str | None, options: dict[str, object], mode: Mode, made: list[Node], above: tuple[str, ...]
+    ) -> Node:
+        mode = _with_own_mode(mode, options)
+        if driver is None:
+            file = self._open_file(options, mode, made, above)
+            return self._open_format(probe.probe(file), file, options, mode, made, above)
+        found = registry.find(driver)
+        if issubclass(found, Storage):
+            return self._open_storage(found, options, mode, made, holds_format=False)
+        file = self._open_file(options, mode, made, above)
+        if issubclass(found, Filter):
+            return self._open_filter(found, file, options, mode, made, above)
+        return self._open_format(found, file, options, mode, made, above)
+
+    def _open_file(self, options: dict[str, object], mode: Mode, made: list[Node], above: tuple[str, ...]) -> Node:
+        """The child ``file``: given as such, or by the plain ``filename``."""
+        given = options.pop("file", None)
+        filename = options.pop("filename", None)
+        if given is not None and filename is not None:
+            raise OptionError("Give either 'file' or 'filename', not both")
+        if isinstance(given, str):
+            return self.node(given)
+        if isinstance(given, Mapping):
+            nested = dict(given)
+            if "driver" not in nested and isinstance(nested.get("filename"), str) and len(nested) == 1:
+                return self._storage_by_name(cast(str, nested["filename"]), mode, made)
+            if "driver" not in nested:
+                nested["driver"] = "file"
+            return self._open_options(str(nested["driver"]), nest(nested), mode, made, above)
+        if isinstance(filename, str):
+            if filename.startswith("json:"):
+                return self._open_any(filename, None, mode, made, above)
+            return self._storage_by_name(filename, mode, made)
+        raise OptionError("A format needs the option 'file'")
+
+    def _storage_by_name(self, filename: str, mode: Mode, made: list[Node]) -> Node:
+        cls = storage_for(filename)
+        return self._open_storage(cls, dict(cls.parse_filename(filename)), mode, made, holds_format=True)
+
+    def _open_storage(
+        self, cls: type[Storage], options: dict[str, object], mode: Mode, made: list[Node], *, holds_format: bool
+    ) -> Node:
+        own = {key: value for key, value in options.items() if key not in ("driver", "node-name", "read-only")}
+        known = {info.name for info in opts.describe(cls.options)}
+        if mode.cache is not None and "cache" in known:
+            own.setdefault("cache", mode.cache)
+        if mode.force_share and "force-share" in known:
+            own.setdefault("force-share", True)
+        storage = cls.open(opts.parse(cls.options, own, owner=cls.name), writable=mode.writable)
+        try:
+            storage.set_access(mode.child_access(holds_format))
+            return self._add(StorageNode(self._name(options), storage, mode.writable), made)
+        except BaseException:
+            storage.close()
+            raise
+
+    def _open_filter(
+        self,
+        cls: type[Filter],
+        file: Node,
+        options: dict[str, object],
+        mode: Mode,
+        made: list[Node],
+        above: tuple[str, ...],
+    ) -> Node:
+        context = OpenContext(file, self.leases, self._reference_opener(file, {}, mode, made, above), mode.writable)
+        filter = cls.open(context, opts.parse(cls.options, _own(options), owner=cls.name))
+        node = self._add(FilterNode(self._name(options), filter, mode.writable), made)
+        self._hold(file)
+        return node
+
+    def _open_format(
+        self,
+        cls: type[Format],
+        file: Node,
+        options: dict[str, object],
+        mode: Mode,
+        made: list[Node],
+        above: tuple[str, ...],
+    ) -> Node:
+        roles = [key for key, value in options.items() if key == "backing" or isinstance(value, Mapping)]
+        given = {role: options.pop(role) for role in roles}
+        opener = self._reference_opener(file, given, mode, made, above)
+        context = OpenContext(file, self.leases, opener, mode.writable)
+        form = cls.open(context, opts.parse(cls.options, _own(options), owner=cls.name))
+        node = FormatNode(self._name(options), form, mode.writable)
+        self._add(node, made)
+        for child in form.children:
+            self._hold(child)
+        if cls.has_backing and mode.backing:
+            self._open_backing(node, given, mode, made, above)
+        return node
+
+    def _open_backing(
+        self, node: FormatNode, given: dict[str, object], mode: Mode, made: list[Node], above: tuple[str, ...]
+    ) -> None:
+        hint = node.format.backing
+        chain = (*above, identity(node.filename))
+        if len(chain) > MAX_CHAIN:
+            raise LimitExceeded(f"{node.filename}: its backing chain is longer than {MAX_CHAIN} images")
+        below = Mode(False, mode.force_share, mode.cache)
+        if "backing" in given:
+            choice = given["backing"]
+            if choice is None or choice == "":
+                return
+            backing = self.node(choice) if isinstance(choice, str) else self._open_any(
+                cast(Mapping[str, object], choice), None, below, made, chain
+            )
+        elif hint is None:
+            return
+        else:
+            name = resolve(hint.filename, node.filename)
+            self.gate.admit(name, named_by=node.filename, role="backing file")
+            if identity(name) in chain:
+                raise ImageError(f"{node.filename}: its backing chain comes back to '{name}'")
+            try:
+                backing = self._open_any(name, hint.format, below, made, chain)
+            except OSError as error:
+                raise OSError(error.errno, f"Could not open backing file: {error.strerror}", name) from error
+        node.backing = backing
+        self._hold(backing)
+
+    def _reference_opener(
+        self, file: Node, given: dict[str, object], mode: Mode, made: list[Node], above: tuple[str, ...]
+    ) -> Any:
+        def open_reference(role: str, filename: str, driver: str | None) -> Node:
+            choice = given.pop(role, None)
+            if isinstance(choice, str):
+                return self.node(choice)
+            if isinstance(choice, Mapping):
+                return self._open_any(choice, driver, mode, made, above)
+            name = resolve(filename, file.filename)
+            self.gate.admit(name, named_by=file.filename, role=role)
+            if driver is None:
+                return self._storage_by_name(name, mode, made)
+            return self._open_options(driver, {"filename": name}, mode, made, above)
+
+        return open_reference
+
+    # -- nodes -----------------------------------------------------------------------------------
+
+    def node(self, name: str) -> Node:
+        """The open node of that name. Raises GraphError when there is none."""
+        with self._lock:
+            try:
+                return self._nodes[name]
+            except KeyError:
+                raise GraphError(f"Cannot find device='' nor node-name='{name}'") from None
+
+    def nodes(self) -> list[Node]:
+        with self._lock:
+            return list(self._nodes.values())
+
+    def insert_filter(self, filter: Filter, *, name: str | None = None) -> FilterNode:
+        """Puts ``filter`` between its child and every disk and parent that uses the child. Drains meanwhile."""
+        with self.drained(), self._lock:
+            child = filter.child
+            node = FilterNode(name or self._name({}), filter, child.writable)
+            self._nodes[node.name] = node
+            self._owners[node.name] = 0
+            self._hold(child)
+            self._redirect(child, node, skip=node)
+            return node
+
+    def remove_filter(self, node: FilterNode) -> None:
+        """Takes a filter out: its users go on upon its child. Drains meanwhile."""
+        with self.drained(), self._lock:
+            self._hold(node)  # so that it outlives its last user's leaving
+            self._redirect(node, node.child, skip=node)
+            self.release(node)
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Every disk and parent of ``old`` goes on upon ``new``. Sizes must be equal. Drains meanwhile.
+
+        Only disks, filters and overlays can be redirected: a format's own file cannot be exchanged.
+        """
+        if old.size != new.size:
+            raise GraphError(f"Cannot replace '{old.name}' ({old.size} bytes) by '{new.name}' ({new.size} bytes)")
+        with self.drained(), self._lock:
+            self._redirect(old, new, skip=new)
+
+    def _redirect(self, old: Node, new: Node, *, skip: Node) -> None:
+        for disk in self._disks:
+            if disk.node is old:
+                disk.switch(new)
+        for parent in list(self._nodes.values()):
+            if parent is skip:
+                continue
+            if isinstance(parent, FilterNode) and parent.child is old:
+                self._hold(new)
+                parent.filter.child = new
+                self.release(old)
+            elif parent.backing is old:
+                self._hold(new)
+                parent.backing = new
+                self.release(old)
+            elif isinstance(parent, FormatNode) and old in parent.format.children:
+                raise GraphError(f"The file of '{parent.name}' cannot be exchanged while it is open")
+
+    def release(self, node: Node) -> None:
+        """Gives up one hold of ``node``; with the last one it is closed, and so are children nobody else holds."""
+        with self._lock:
+            left = self._owners[node.name] - 1
+            self._owners[node.name] = left
+            if left > 0:
+                return
+            children = list(node.children().values())
+            try:
+                node.close()
+            finally:
+                self._forget(node)
+                for child in children:
+                    self.release(child)
+
+    def _forget(self, node: Node) -> None:
+        self._nodes.pop(node.name, None)
+        self._owners.pop(node.name, None)
+        self._uses = [use for use in self._uses if use[1] is not node]
+
+    def hold(self, node: Node) -> None:
+        """One more hold of ``node``: it stays open until as many ``release`` calls."""
+        with self._lock:
+            self._hold(node)
+
+    def _hold(self, node: Node) -> None:
+        self._owners[node.name] += 1
+
+    def _name(self, options: Mapping[str, object]) -> str:
+        given = options.get("node-name")
+        if isinstance(given, str) and given:
+            if given in self._nodes:
+                raise GraphError(f"Duplicate nodes with node-name='{given}'")
+            return given
+        self._counter += 1
+        return f"#block{self._counter:03d}"
+
+    def _add(self, node: Node, made: list[Node]) -> Node:
+        self._nodes[node.name] = node
+        self._owners[node.name] = 0
+        made.append(node)
+        return node
+
+    @contextmanager
+    def _undo_on_error(self) -> Iterator[list[Node]]:
+        """Collects the nodes an open makes; when it fails they are closed, parents first."""
+        made: list[Node] = []
+        try:
+            yield made
+        except BaseException:
+            for node in reversed(made):
+                children = list(node.children().values())
+                self._forget(node)
+                try:
+                    node.close()
+                except (OSError, ImageError):
+                    pass  # the first error is the one to tell
+                for child in children:
+                    if child not in made:
+                        self.release(child)
+            raise
+
+    # -- uses ------------------------------------------------------------------------------------
+
+    def use(self, user: object, node: Node, access: Access) -> None:
+        """Notes that ``user`` uses ``node`` so. Raises GraphError when another use conflicts."""
+        with self._lock:
+            root = below_filters(node)
+            combine([a for _, n, a in self._uses if below_filters(n) is root] + [access])
+            self._uses.append((user, node, access))
+
+    def end_use(self, user: object) -> None:
+        with self._lock:
+            self._uses = [use for use in self._uses if use[0] is not user]
+
+    def move_use(self, user: object, old: Node, new: Node) -> None:
+        """A disk's root changes from ``old`` to ``new``."""
+        with self._lock:
+            self._uses = [(u, new if u is user and n is old else n, a) for u, n, a in self._uses]
+            self._hold(new)
+            self.release(old)
+
+    # -- disks -----------------------------------------------------------------------------------
+
+    def disk(self, node: Node, access: Access | None = None, *, owns_graph: bool = False) -> Disk:
+        """A handle on ``node``. Default access: a writer's on a writable node, else a reader's."""
+        if access is None:
+            access = WRITER if node.writable else READER
+        with self._lock:
+            disk = Disk(self, node, access, owns_graph=owns_graph)
+            self.use(disk, node, access)
+            self._hold(node)
+            self._disks.append(disk)
+            return disk
+
+    def drop_disk(self, disk: Disk) -> None:
+        """Called by a disk that has closed."""
+        with self._lock:
+            if disk in self._disks:
+                self._disks.remove(disk)
+                self.end_use(disk)
+                self.release(disk.node)
+
+    @contextmanager
+    def drained(self) -> Iterator[None]:
+        """Inside, no disk of the graph has a request in flight. Holds new ones first, all of them, so that
+        waiting for one disk's requests does not leave room for another's."""
+        with ExitStack() as stack:
+            with self._lock:
+                disks = list(self._disks)
+            for disk in disks:
+                disk.start_drain()
+                stack.callback(disk.end_drain)
+            for disk in disks:
+                disk.await_drained()
+            yield
+
+    def close(self) -> None:
+        """Closes every disk and node that is left."""
+        for disk in list(self._disks):
+            disk.close()
+        with self._lock:
+            inner = {child.name for node in self._nodes.values() for child in node.children().values()}
+            for node in list(self._nodes.values()):
+                if node.name not in inner and node.name in self._owners:
+                    self._owners[node.name] = 1
+                    self.release(node)
+
+
+def storage_for(filename: str) -> type[Storage]:
+    """The storage driver a file name belongs to: by its prefix, else by what kind of file it is."""
+    if has_prefix(filename):
+        prefix = filename.partition(":")[0]
+        found = registry.storage_for_prefix(prefix)
+        if found is None and not os.path.exists(filename):
+            raise OptionError(f"Unknown protocol '{prefix}'")
+        if found is not None:
+            return found
+    try:
+        is_block = stat.S_ISBLK(os.stat(filename).st_mode)
+    except OSError:
+        is_block = False  # opening it will tell what is wrong
+    return cast(type[Storage], registry.find("host_device" if is_block else "file"))
+
+
+def identity(filename: str) -> str:
+    """A name that two ways of writing one local file share."""
+    return filename if has_prefix(filename) else os.path.realpath(filename)
+
+
+def parse_json(text: str) -> dict[str, object]:
+    """The mapping in a ``json:`` pseudo file name. Raises OptionError."""
+    import json
+
+    if len(text) > opts.MAX_OPTIONS_TEXT:
+        raise OptionError(f"Options of {len(text)} characters are longer than the {opts.MAX_OPTIONS_TEXT} accepted")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise OptionError(f"Could not parse the JSON options: {error}") from None
+    if not isinstance(found, dict):
+        raise OptionError("Invalid JSON options: an object is needed")
+    return found
+
+
+def nest(options: Mapping[str, object]) -> dict[str, object]:
+    """``{"file.filename": x}`` as ``{"file": {"filename": x}}``; nested mappings likewise."""
+    result: dict[str, object] = {}
+    for key, value in options.items():
+        head, dot, rest = key.partition(".")
+        if not dot:
+            if isinstance(value, Mapping) and isinstance(result.get(key), dict):
+                cast(dict[str, object], result[key]).update(value)
+            else:
+                result[key] = dict(value) if isinstance(value, Mapping) else value
+            continue
+        inner = result.setdefault(head, {})
+        if not isinstance(inner, dict):
+            raise OptionError(f"'{head}' cannot be both a value and the beginning of '{key}'")
+        inner[rest] = value
+    return result
+
+
+def _own(options: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in options.items() if key not in _COMMON}
+
+
+def _with_own_mode(mode: Mode, options: dict[str, object]) -> Mode:
+    """``read-only`` and ``force-share`` given for one node hold for it and what is below."""
+    read_only = opts.BOOL.parse("read-only", options.pop("read-only", not mode.writable))
+    force = opts.BOOL.parse("force-share", options.pop("force-share", mode.force_share))
+    cache = options.get("cache", mode.cache)
+    return Mode(not read_only and mode.writable, force, cache if isinstance(cache, str) else None, mode.backing)

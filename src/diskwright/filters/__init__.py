@@ -1,0 +1,1 @@
+"""Filter drivers: they stand between a node's users and its child."""
