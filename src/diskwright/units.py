@@ -38,7 +38,7 @@ def parse_size(text: str) -> int:
     if body and body[-1].lower() in _SUFFIX:
         body, scale = body[:-1], _SUFFIX[body[-1].lower()]
     whole, dot, fraction = body.partition(".")
-    if not whole.isascii() or not whole.isdigit() or (dot and not fraction.isdigit()):
+    if not body.isascii() or not whole.isdigit() or (dot and not fraction.isdigit()):
         raise OptionError(f"Invalid size '{text}': give bytes, or a number with one of the suffixes k, M, G, T, P, E")
     value = int(whole) * scale
     if dot:

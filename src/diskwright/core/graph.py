@@ -258,6 +258,15 @@ class Graph:
         with self._lock:
             return list(self._nodes.values())
 
+    def adopt(self, node: Node) -> None:
+        """Takes in a node that was made outside, with one hold for the caller. Its children keep the hold
+        their makers had, and it is released by the node. Raises GraphError when the name is taken."""
+        with self._lock:
+            if node.name in self._nodes:
+                raise GraphError(f"Duplicate nodes with node-name='{node.name}'")
+            self._nodes[node.name] = node
+            self._owners[node.name] = 1
+
     def insert_filter(self, filter: Filter, *, name: str | None = None) -> FilterNode:
         """Puts ``filter`` between its child and every disk and parent that uses the child. Drains meanwhile."""
         with self.drained(), self._lock:

@@ -1,0 +1,253 @@
+"""What the subcommands share: verdicts, the options most of them take, and opening images as named by a user."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final, NoReturn
+
+from diskwright.errors import DiskwrightError, ImageLocked, OptionError, message_of
+
+if TYPE_CHECKING:
+    from diskwright.core.gate import Gate
+    from diskwright.core.graph import Graph
+    from diskwright.core.node import Node
+
+PROGRAM: Final = "diskwright"
+
+CACHE_MODES: Final = ("none", "writeback", "writethrough", "directsync", "unsafe")
+
+_SIZE_HINT: Final = (
+    "{} is not a size: give bytes, or a number with one of the suffixes k, M, G, T, P or E, which stand for "
+    "powers of 1024"
+)
+
+
+class Failure(Exception):
+    """A command ends with this line on standard error and this exit code."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.message, self.code = message, code
+
+
+class UsageError(Failure):
+    """The command line itself is wrong; the user is pointed to the help text."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with this program's way of failing, and options and operands in any order."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(_plain(message))
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """The parsed command line; what follows ``--`` is never taken for an option."""
+        words = list(arguments)
+        if not any(word.startswith(("-h", "--h")) for word in words):
+            # Else argparse formats a usage text nobody will see, and loads four modules to learn its width.
+            self.usage = argparse.SUPPRESS
+        if "--" not in words:
+            return self.parse_intermixed_args(words)
+        # argparse's own treatment of "--" differs from one Python version to the next, so it never sees it:
+        # later words that look like options are marked with a character no command line can hold.
+        cut = words.index("--")
+        rest = [_MARK + word if word.startswith("-") else word for word in words[cut + 1 :]]
+        args = self.parse_intermixed_args(words[:cut] + rest)
+        for name, value in vars(args).items():
+            if isinstance(value, list):
+                setattr(args, name, [_unmark(item) for item in value])
+            else:
+                setattr(args, name, _unmark(value))
+        return args
+
+
+_MARK: Final = "\0"
+
+
+def _unmark(value: object) -> object:
+    return value.removeprefix(_MARK) if isinstance(value, str) else value
+
+
+def _plain(message: str) -> str:
+    """argparse's complaints, worded as getopt users know them."""
+    head, _, option = message.partition(": ")
+    if head == "unrecognized arguments":
+        word = option.split()[0]
+        return f"unrecognized option '{word}'" if word.startswith("-") else f"Unexpected argument: {word}"
+    if message.endswith(": expected one argument"):
+        return f"missing argument for option '{head.removeprefix('argument ').split('/')[0]}'"
+    return message
+
+
+# -- options -------------------------------------------------------------------------------------
+
+
+def add_gate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gate",
+        choices=("open", "directory", "closed"),
+        default="open",
+        help="which files named inside an image (backing files, data files) may be opened: all (open, the default), "
+        "those in the image's own directory or below (directory), none (closed). For images of unknown origin.",
+    )
+
+
+def add_source(parser: argparse.ArgumentParser, *, cache: bool = False) -> None:
+    """The options of a command that reads one image."""
+    parser.add_argument("-f", "--format", metavar="FMT", help="the image's format; probed when not given")
+    add_image_opts(parser)
+    add_force_share(parser)
+    if cache:
+        parser.add_argument("-T", metavar="CACHE", dest="source_cache", help="cache mode for reading the image")
+    add_object(parser)
+    add_gate(parser)
+
+
+def add_image_opts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--image-opts", action="store_true", help="image names are options: driver=qcow2,file.filename=disk.qcow2"
+    )
+
+
+def add_force_share(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-U", "--force-share", action="store_true", help="open images even while others write to them")
+
+
+def add_object(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--object", action="append", default=[], metavar="DEF", help=argparse.SUPPRESS)
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", metavar="human|json", default="human", help="how the result is printed")
+
+
+def add_progress(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-p", dest="show_progress", action="store_true", help="show progress on standard output")
+    parser.add_argument(
+        "--progress", choices=("json",), help="report progress on standard error, one JSON object a line"
+    )
+
+
+def check_output(args: argparse.Namespace) -> bool:
+    """Whether the result is to be JSON."""
+    if args.output not in ("human", "json"):
+        raise Failure("--output must be used with human or json as argument.")
+    return bool(args.output == "json")
+
+
+def cache_mode(text: str | None, what: str, code: int = 1) -> str | None:
+    """A cache mode the user named. ``what`` is ``cache`` or ``source cache``."""
+    if text is not None and text not in CACHE_MODES:
+        raise Failure(f"Invalid {what} option: {text}", code)
+    return text
+
+
+def size_argument(text: str, what: str) -> int:
+    """A size the user gave for ``what``, in bytes."""
+    from diskwright.units import parse_size
+
+    try:
+        return parse_size(text)
+    except OptionError as error:
+        detail = str(error) if "larger than" in str(error) else _SIZE_HINT.format(f"'{text}'")
+        raise Failure(f"Invalid {what} specified. {detail}.") from None
+
+
+def join_options(parts: Sequence[str]) -> str:
+    """Several ``-o`` as one option text. Raises Failure where a part has a stray comma at an end."""
+    for part in parts:
+        bare = part.replace(",,", "")
+        if not part or bare.startswith(",") or bare.endswith(","):
+            raise Failure(f"Invalid option list: {part}")
+    return ",".join(parts)
+
+
+def wants_help(options: str) -> bool:
+    """Whether an option text asks for a description of the options instead."""
+    return any(word in ("help", "?") for word in options.replace(",,", "\0").split(","))
+
+
+# -- opening -------------------------------------------------------------------------------------
+
+
+def make_gate(name: str) -> Gate:
+    from diskwright.core.gate import ClosedGate, DirectoryGate, Gate, OpenGate
+
+    gates: dict[str, type[Gate]] = {"open": OpenGate, "directory": DirectoryGate, "closed": ClosedGate}
+    return gates[name]()
+
+
+@contextmanager
+def graph_of(args: argparse.Namespace) -> Iterator[Graph]:
+    """A graph with the user's gate, closed at the end."""
+    from diskwright.core.graph import Graph
+
+    graph = Graph(make_gate(args.gate))
+    try:
+        yield graph
+    finally:
+        graph.close()
+
+
+def specification(name: str, image_opts: bool) -> str | dict[str, object]:
+    """What ``Graph.open`` takes, for an image as a user names it."""
+    from diskwright.core.options import split_pairs
+
+    if not image_opts:
+        return name
+    if "=" not in name:
+        raise OptionError(f"Cannot find device='{name}' nor node-name='{name}'")
+    return dict(split_pairs(name))
+
+
+def open_image(
+    graph: Graph,
+    name: str,
+    *,
+    format: str | None = None,
+    image_opts: bool = False,
+    writable: bool = False,
+    force_share: bool = False,
+    cache: str | None = None,
+    backing: bool = True,
+    code: int = 1,
+) -> Node:
+    """Opens the image a user names. Raises Failure with ``code``, worded for that user."""
+    if image_opts and format is not None:
+        raise Failure("--image-opts and --format are mutually exclusive", code)
+    try:
+        if writable and force_share:
+            raise OptionError("force-share=on can only be used with read-only images")
+        spec = specification(name, image_opts)
+        return graph.open(spec, driver=format, writable=writable, force_share=force_share, cache=cache, backing=backing)
+    except (DiskwrightError, OSError) as error:
+        raise Failure(f"Could not open '{name}': {opening_error(error)}", code) from error
+
+
+def opening_error(error: BaseException) -> str:
+    """Why an open failed. The kernel's refusals name the file they are about."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        name = error.filename
+        text = error.strerror or ""
+        if text.startswith("Could not open backing file: "):
+            cause = text.removeprefix("Could not open backing file: ")
+            return f"Could not open backing file: Could not open '{name}': {cause}"
+        return f"Could not open '{name}': {text}"
+    if isinstance(error, ImageLocked):
+        return str(error).strip()
+    return message_of(error)
+
+
+def one_operand(names: Sequence[str]) -> str:
+    if len(names) != 1:
+        raise UsageError("Expecting one image file name")
+    return names[0]
+
+
+def option_mapping(options: str) -> Mapping[str, str]:
+    """An ``-o`` text as names and raw values."""
+    from diskwright.core.options import split_pairs
+
+    return split_pairs(options)

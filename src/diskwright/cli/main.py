@@ -1,0 +1,163 @@
+"""The entry point: finds the subcommand's module, runs it, and turns every error into one line and an exit code.
+
+A subcommand is a module of this package with
+
+* ``SUMMARY``, one line for the list of commands,
+* ``add_arguments(parser)``, which describes its options and operands, and
+* ``run(args)``, which returns the exit code.
+
+Nothing else names it: adding one is adding a module. Only the module asked for is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Final
+
+from diskwright.cli.common import PROGRAM, Failure, Parser, UsageError
+from diskwright.errors import DiskwrightError, message_of
+from diskwright.version import __version__
+
+_NOT_COMMANDS: Final = frozenset({"main", "common", "output", "progress"})
+
+TRACEBACK: Final = "DISKWRIGHT_TRACEBACK"
+"""When this environment variable is set, an error ends with Python's traceback: for finding bugs."""
+
+INTERRUPTED: Final = 130  # 128 + SIGINT, as shells count
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code. Never raises, except under ``DISKWRIGHT_TRACEBACK``."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    _let_any_name_through()
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+        return code
+    except SystemExit as request:  # argparse's --help
+        return request.code if isinstance(request.code, int) else 1
+    except BrokenPipeError:
+        _abandon_stdout()
+        return 1
+    except BaseException as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        _flush_or_abandon()
+        return _report(error, words)
+
+
+def _run(words: list[str]) -> int:
+    if not words:
+        raise UsageError("Not enough arguments")
+    first, rest = words[0], words[1:]
+    if first in ("-h", "--help", "help"):
+        print(_overview(), end="")
+        return 0
+    if first in ("-V", "--version"):
+        print(f"{PROGRAM} {__version__}")
+        return 0
+    if first.startswith("-"):
+        raise UsageError(f"unrecognized option '{first}'")
+    command = _command(first)
+    parser = Parser(prog=f"{PROGRAM} {first}", description=command.SUMMARY)
+    command.add_arguments(parser)
+    code: int = command.run(parser.parse(rest))
+    return code
+
+
+def _command(name: str) -> Any:
+    module = name.replace("-", "_")
+    if module.isidentifier() and module not in _NOT_COMMANDS and not module.startswith("_"):
+        full = f"{__package__}.{module}"
+        if find_spec(full) is not None:
+            return import_module(full)
+    raise UsageError(f"Command not found: {name}")
+
+
+def _overview() -> str:
+    """The list of commands. Loads them all, which only this does."""
+    from pkgutil import iter_modules
+
+    import diskwright.cli
+
+    names = [info.name for info in iter_modules(diskwright.cli.__path__) if info.name not in _NOT_COMMANDS]
+    rows = [(name.replace("_", "-"), _summary(name)) for name in sorted(names)]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"usage: {PROGRAM} COMMAND [options] ...", "", "Works on virtual disk images.", "", "commands:"]
+    lines += [f"  {name.ljust(width)}  {summary}" for name, summary in rows]
+    lines += ["", f"'{PROGRAM} COMMAND --help' tells a command's options; '{PROGRAM} --version' the version."]
+    return "\n".join(lines) + "\n"
+
+
+def _summary(name: str) -> str:
+    try:
+        return str(import_module(f"{__package__}.{name}").SUMMARY)
+    except ImportError as error:  # one command's missing library must not hide the others
+        return f"(not available: {error})"
+
+
+def _report(error: BaseException, words: list[str]) -> int:
+    """Says what went wrong, in one line (and a hint where the command line was wrong); returns the exit code."""
+    hint = ""
+    code = 1
+    if isinstance(error, Failure):
+        text, code = error.message, error.code
+        if isinstance(error, UsageError):
+            about = f"{words[0]} " if words and not words[0].startswith("-") and _is_command(words[0]) else ""
+            hint = f"\nTry '{PROGRAM} {about}--help' for more information"
+    elif isinstance(error, KeyboardInterrupt):
+        text, code = "interrupted", INTERRUPTED
+    elif isinstance(error, (DiskwrightError, OSError)):
+        text = message_of(error)
+    elif isinstance(error, MemoryError):
+        text = "out of memory"
+    elif isinstance(error, RecursionError):
+        text = "something in the command line or an image is nested too deeply"
+    else:
+        detail = " ".join(str(error).split())
+        text = f"internal error: {type(error).__name__}: {detail} (set {TRACEBACK}=1 to see where)"
+    try:
+        print(f"{PROGRAM}: {text}{hint}", file=sys.stderr, flush=True)
+    except OSError:
+        pass  # nobody is listening; the exit code still tells
+    return code
+
+
+def _is_command(name: str) -> bool:
+    try:
+        _command(name)
+    except UsageError:
+        return False
+    return True
+
+
+def _let_any_name_through() -> None:
+    """File names are bytes: one that is not text in this locale must still be printable."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="surrogateescape")
+
+
+def _flush_or_abandon() -> None:
+    """What was printed before an error comes out before its message."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        _abandon_stdout()
+
+
+def _abandon_stdout() -> None:
+    """Standard output is gone: nothing more goes there, and the interpreter's last flush must not complain."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        pass
+
+
+if __name__ == "__main__":
+    sys.exit(main())

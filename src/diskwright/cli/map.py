@@ -1,0 +1,155 @@
+"""``diskwright map``: where in which file the bytes of an image are."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from diskwright.cli import common
+from diskwright.cli.common import Failure
+from diskwright.errors import DiskwrightError, message_of
+
+if TYPE_CHECKING:
+    from diskwright.core.node import Node
+    from diskwright.core.status import Status
+
+SUMMARY: Final = "list where the bytes of an image are"
+
+
+class Row(NamedTuple):
+    """One line of the map. ``place`` is where the bytes are in ``filename``, or -1."""
+
+    start: int
+    length: int
+    depth: int
+    present: bool
+    zero: bool
+    data: bool
+    place: int
+    filename: str
+
+    def continues(self, last: Row) -> bool:
+        if self[2:6] != last[2:6] or self.filename != last.filename:
+            return False
+        if self.place < 0 or last.place < 0:
+            return self.place == last.place
+        return self.place == last.place + last.length
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_source(parser)
+    common.add_output(parser)
+    parser.add_argument("-s", "--start-offset", metavar="OFFSET", help="where to begin (default: 0)")
+    parser.add_argument("-l", "--max-length", metavar="LENGTH", help="how far to go (default: to the end)")
+    parser.add_argument("filename", nargs="*")
+
+
+def run(args: argparse.Namespace) -> int:
+    as_json = common.check_output(args)
+    start = 0 if args.start_offset is None else common.size_argument(args.start_offset, "start offset")
+    limit = None if args.max_length is None else common.size_argument(args.max_length, "max length")
+    filename = common.one_operand(args.filename)
+    with common.graph_of(args) as graph:
+        node = common.open_image(
+            graph, filename, format=args.format, image_opts=args.image_opts, force_share=args.force_share
+        )
+        end = node.size if limit is None else min(node.size, start + limit)
+        rows = merged(_rows(node, start, end))
+        if as_json:
+            _print_json(rows, start)
+        else:
+            _print_table(rows)
+    return 0
+
+
+def _print_json(rows: Iterator[Row], start: int) -> None:
+    """One object a line, printed as they are found: a map can have millions of them."""
+    before = "["
+    for row in rows:
+        print(before + _object(row), end="")
+        before = ",\n"
+    if before == "[":
+        print(before + _object(Row(start, 0, 0, False, False, False, -1, "")), end="")
+    print("]")
+
+
+def _object(row: Row) -> str:
+    place = f', "offset": {row.place}' if row.place >= 0 else ""
+    return (
+        f'{{ "start": {row.start}, "length": {row.length}, "depth": {row.depth}, "present": {_word(row.present)}, '
+        f'"zero": {_word(row.zero)}, "data": {_word(row.data)}{place}}}'
+    )
+
+
+def _word(value: bool) -> str:
+    return "true" if value else "false"
+
+
+def _print_table(rows: Iterator[Row]) -> None:
+    """Only what is stored as it is: a table of places cannot show anything else."""
+    print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
+    for row in rows:
+        if row.data and row.place < 0:
+            raise Failure("File contains external, encrypted or compressed clusters.")
+        if row.data and not row.zero:
+            print(f"{_hex(row.start):<16}{_hex(row.length):<16}{_hex(row.place):<16}{row.filename}")
+
+
+def _hex(value: int) -> str:
+    return f"{value:#x}" if value else "0"
+
+
+def merged(rows: Iterator[Row]) -> Iterator[Row]:
+    """Neighbours that say the same as one."""
+    last: Row | None = None
+    for row in rows:
+        if last is not None and row.continues(last):
+            last = last._replace(length=last.length + row.length)
+            continue
+        if last is not None:
+            yield last
+        last = row
+    if last is not None:
+        yield last
+
+
+def _rows(node: Node, start: int, end: int) -> Iterator[Row]:
+    from diskwright.core.status import status
+    from diskwright.extents import windows
+
+    names: dict[int, str] = {}
+    try:
+        for offset, length in windows(start, end - start):
+            for run in status(node, offset, length):
+                yield from _rows_of(run, names)
+    except (DiskwrightError, OSError) as error:
+        raise Failure(f"Could not read file metadata: {message_of(error)}") from error
+
+
+def _rows_of(run: Status, names: dict[int, str]) -> Iterator[Row]:
+    """A run as the map tells it: what lies beyond the end of a short backing image is credited to the
+    image above it, as something that image does not have."""
+    size = run.node.size
+    if run.depth and run.zero and run.end > size:
+        inside = max(0, size - run.offset)
+        if inside:
+            yield from _rows_of(run._replace(length=inside), names)
+        yield Row(run.offset + inside, run.length - inside, run.depth - 1, False, True, False, -1, "")
+        return
+    place = run.file_offset
+    filename = _file_name(run.node, names) if place >= 0 else ""
+    yield Row(run.offset, run.length, run.depth, run.present, run.zero, run.data, place, filename)
+
+
+def _file_name(node: Node, names: dict[int, str]) -> str:
+    """The name of the file a layer's bytes are in."""
+    name = names.get(id(node))
+    if name is None:
+        from diskwright.core.node import FormatNode
+
+        name = node.filename
+        if isinstance(node, FormatNode):
+            name = node.format.children[node.format.data_child].filename
+        names[id(node)] = name
+    return name

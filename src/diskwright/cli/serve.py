@@ -1,0 +1,99 @@
+"""``diskwright serve``: one image as an NBD export, until told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import threading
+
+from diskwright.cli.common import add_source, cache_mode, graph_of, open_image
+from diskwright.core.disk import Disk
+from diskwright.core.graph import Graph
+from diskwright.core.node import FormatNode, Node
+from diskwright.errors import OptionError
+from diskwright.exports.nbd import NbdExport, NbdServer
+
+SUMMARY = "serve an image over NBD"
+
+DEFAULT_PORT = 10809
+"""The port IANA gave NBD."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_source(parser)
+    add_listen_arguments(parser)
+    parser.add_argument("--read-only", action="store_true", help="refuse every write")
+    parser.add_argument("--cache", default="writeback", help="cache mode: none, writeback, writethrough, ...")
+    parser.add_argument("image", metavar="IMAGE", help="a file name or json: options")
+
+
+def add_listen_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where to listen; shared with ``mirror``."""
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--socket", metavar="PATH", help="listen on this unix socket")
+    where.add_argument("--bind", metavar="ADDR", help="listen on this address (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, help=f"TCP port (default: {DEFAULT_PORT}; 0: any free one)")
+    parser.add_argument("--export", metavar="NAME", default="", help="name of the export (default: none)")
+    parser.add_argument("--connections", metavar="N", type=int, default=64, help="how many clients at once (64)")
+
+
+def run(args: argparse.Namespace) -> int:
+    stop = Stop()
+    cache = cache_mode(args.cache, "cache")
+    with graph_of(args) as graph:
+        node = open_image(
+            graph,
+            args.image,
+            format=args.format,
+            image_opts=args.image_opts,
+            writable=not args.read_only,
+            force_share=args.force_share,
+            cache=cache,
+        )
+        guard(graph, node, args)
+        disk = graph.disk(node)
+        server = start(args, disk, read_only=args.read_only)
+        try:
+            print(f"Serving '{args.image}' ({disk.size} bytes) at {server.uri(args.export)}", flush=True)
+            stop.event.wait()
+        finally:
+            server.close()
+        disk.close()
+    return 0
+
+
+def guard(graph: Graph, node: Node, args: argparse.Namespace) -> None:
+    """A raw disk nobody called raw gets the probe guard (see filters/probe_guard.py)."""
+    guessed = args.format is None and not args.image_opts and not args.image.startswith("json:")
+    if guessed and node.writable and isinstance(node, FormatNode) and node.format.name == "raw":
+        from diskwright.filters.probe_guard import ProbeGuard
+
+        graph.insert_filter(ProbeGuard(node))
+
+
+def start(args: argparse.Namespace, disk: Disk, *, read_only: bool) -> NbdServer:
+    """A server on the place the arguments name, with ``disk`` as its only export."""
+    if args.port is not None and args.socket is not None:
+        raise OptionError("--port goes with --bind, not with --socket")
+    server = NbdServer(max_connections=args.connections)
+    server.add_export(NbdExport(args.export, disk, read_only=read_only))
+    if args.socket is not None:
+        server.listen_unix(args.socket)
+    else:
+        server.listen_tcp(args.bind or "127.0.0.1", DEFAULT_PORT if args.port is None else args.port)
+    server.start()
+    return server
+
+
+class Stop:
+    """Set by SIGINT, SIGTERM or SIGHUP. ``count`` tells how often: a second time may mean more."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self.count = 0
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self.count += 1
+        self.event.set()

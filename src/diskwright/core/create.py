@@ -1,0 +1,286 @@
+"""Creating images: what is asked for is checked first, and only then is anything touched.
+
+Making an image has two parts: its storage (a file, say) comes into being or is emptied, and its format
+writes the first metadata into it. ``plan`` checks the options of both and the backing file; ``Plan.make``
+does it. An image that another process is using is never emptied, and of a creation that fails no new file
+is left behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from diskwright.core import options as opts
+from diskwright.core import registry
+from diskwright.core.driver import Filter, Format, Storage, not_supported
+from diskwright.core.gate import Gate, resolve
+from diskwright.core.graph import Graph, identity, storage_for
+from diskwright.errors import DiskwrightError, ImageError, ImageLocked, OptionError
+from diskwright.units import MAX_BACKING_NAME
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from diskwright.core.node import Node
+
+_MODE = 0o644
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A creation whose options are known to be well formed. Nothing has happened yet."""
+
+    filename: str
+    driver: type[Format] | type[Storage]
+    storage: type[Storage]
+    given: Mapping[str, object]
+    """What was asked for, typed, under the names of the options with underscores; ``size`` is always there."""
+    format_options: Any
+    storage_options: Mapping[str, object]
+
+    @property
+    def size(self) -> int:
+        return cast(int, self.given["size"])
+
+    def make(self) -> None:
+        """Creates the image. Existing contents are lost, unless another process holds them (ImageLocked)."""
+        if issubclass(self.driver, Format):
+            self._rehearse(self.driver)
+        with _removed_on_failure(self._local_path()):
+            self._make_storage()
+            if issubclass(self.driver, Format) and not self._is_plain():
+                self._make_format(self.driver)
+
+    def _is_plain(self) -> bool:
+        """Whether the image is its storage and nothing else."""
+        return self.driver.name == "raw" or issubclass(self.driver, Storage)
+
+    def _local_path(self) -> str | None:
+        """The file that is made, where it is a file of this machine."""
+        if self.storage.name != "file":
+            return None
+        return str(self.storage.parse_filename(self.filename)["filename"])
+
+    def _rehearse(self, driver: type[Format]) -> None:
+        """Finds out, before existing contents are lost, whether the format accepts its options."""
+        path = self._local_path()
+        if self._is_plain() or path is None or not os.path.isfile(path) or not os.path.getsize(path):
+            return
+        rehearsed = self.format_options
+        if hasattr(rehearsed, "preallocation"):
+            from dataclasses import replace
+
+            rehearsed = replace(rehearsed, preallocation="off")
+        with _own_graph(None) as graph:
+            driver.create(graph.open({"driver": "memory"}, writable=True), rehearsed)
+
+    def _make_storage(self) -> None:
+        if not _overrides_create(self.storage):
+            self._expect_existing()
+            return
+        values: dict[str, object] = dict(self.storage.parse_filename(self.filename))
+        values.update(self.storage_options)
+        if self._is_plain():
+            values["size"] = self.size
+            if "preallocation" in self.given:
+                values["preallocation"] = self.given["preallocation"]
+        self.storage.create(opts.parse(self.storage.create_options, values, owner=self.storage.name))
+
+    def _expect_existing(self) -> None:
+        """For storages that only others can create: there must be one, large enough for a plain image."""
+        with _own_graph(None) as graph:
+            node = self._open_storage(graph)
+            if self._is_plain() and node.size < self.size:
+                raise OSError(
+                    errno.ENOSPC,
+                    f"It exists with {node.size} bytes, fewer than the {self.size} wanted, and '{self.storage.name}' "
+                    "cannot create another",
+                    self.filename,
+                )
+
+    def _make_format(self, driver: type[Format]) -> None:
+        with _own_graph(None) as graph:
+            node = self._open_storage(graph)
+            driver.create(node, self.format_options)
+            node.flush()
+
+    def _open_storage(self, graph: Graph) -> Node:
+        values = {"driver": self.storage.name, **self.storage.parse_filename(self.filename)}
+        return graph.open(values, writable=True)
+
+
+def create_image(
+    filename: str,
+    format: str = "raw",
+    options: Mapping[str, object] | None = None,
+    *,
+    gate: Gate | None = None,
+    check_backing: bool = True,
+) -> None:
+    """Creates the image ``filename`` with the format's ``options`` (``size`` among them), given as typed values
+    or as text. See ``plan`` for what is checked and raised."""
+    plan(filename, format, options or {}, gate=gate, check_backing=check_backing).make()
+
+
+def plan(
+    filename: str,
+    format: str,
+    options: Mapping[str, object],
+    *,
+    gate: Gate | None = None,
+    check_backing: bool = True,
+) -> Plan:
+    """Checks what a creation is asked for.
+
+    Without ``size`` it is that of the backing file, which is opened for this and, unless ``check_backing``
+    is false, to see that it is usable; what it refers to itself goes through ``gate``. Raises OptionError
+    for options that do not fit, ImageError or OSError for a backing file that cannot be opened.
+    """
+    driver = _creatable(format)
+    storage = driver if issubclass(driver, Storage) else storage_for(filename)
+    own, below = _divide(driver, storage, options)
+    _check_backing_options(driver, filename, own)
+    if "backing_file" in own:
+        _look_at_backing(filename, own, gate, check_backing)
+    if "size" not in own:
+        raise OptionError("Image creation needs a size parameter")
+    typed: Any = opts.parse(driver.create_options, _with_name(driver, filename, own), owner=driver.name)
+    given = {name: getattr(typed, name) for name in own}
+    names = storage.parse_filename(filename)
+    below_typed: Any = opts.parse(storage.create_options, {**names, **below}, owner=storage.name)
+    given.update((name, getattr(below_typed, name)) for name in below)
+    return Plan(filename, driver, storage, given, typed, below)
+
+
+def _creatable(format: str) -> type[Format] | type[Storage]:
+    try:
+        driver = registry.find(format)
+    except OptionError:
+        raise OptionError(f"Unknown file format '{format}'") from None
+    if issubclass(driver, Filter):
+        raise OptionError(f"Unknown file format '{format}'")
+    if not _overrides_create(driver):
+        raise not_supported(f"Format driver '{format}' does not support image creation")
+    return driver
+
+
+def _overrides_create(driver: type[Format] | type[Storage]) -> bool:
+    """Whether a driver can create at all: what it inherits only refuses, and that is too late once a file is made."""
+    return any("create" in vars(cls) for cls in driver.__mro__ if cls not in (Format, Storage))
+
+
+def _divide(
+    driver: type[Format] | type[Storage], storage: type[Storage], options: Mapping[str, object]
+) -> tuple[dict[str, object], dict[str, object]]:
+    """The format's options and, among those it does not know, the storage's; by names with underscores."""
+    ours, theirs = _names(driver.create_options), _names(storage.create_options) - {"filename", "size"}
+    own: dict[str, object] = {}
+    below: dict[str, object] = {}
+    for key, value in options.items():
+        if value is None:
+            continue
+        name = key.replace("-", "_")
+        part = own if name in ours else below
+        if name == "filename" or (name not in ours and name not in theirs):
+            if name in ("backing_file", "backing_fmt"):
+                what = "Backing file" if name == "backing_file" else "Backing file format"
+                raise OptionError(f"{what} not supported for file format '{driver.name}'")
+            raise OptionError(f"Invalid parameter '{key}'")
+        if name in part:
+            raise OptionError(f"Option '{key}' is given twice")
+        part[name] = value
+    return own, below
+
+
+def _names(options: type) -> set[str]:
+    return {info.name.replace("-", "_") for info in opts.describe(options)}
+
+
+def _with_name(driver: type[Format] | type[Storage], filename: str, own: dict[str, object]) -> dict[str, object]:
+    return {**driver.parse_filename(filename), **own} if issubclass(driver, Storage) else own
+
+
+def _check_backing_options(driver: type[Format] | type[Storage], filename: str, own: Mapping[str, object]) -> None:
+    name = own.get("backing_file")
+    if name is None:
+        if own.get("backing_fmt") is not None:
+            raise OptionError("Backing format cannot be used without backing file")
+        return
+    if not isinstance(name, str) or not name:
+        raise OptionError("Expected backing file name, got empty string")
+    if len(os.fsencode(name)) > MAX_BACKING_NAME:
+        raise OptionError(f"Backing file name is longer than the {MAX_BACKING_NAME} bytes an image can hold")
+    if identity(resolve(name, filename)) == identity(filename):
+        raise OptionError("Error: Trying to create an image with the same filename as the backing file")
+
+
+def _look_at_backing(filename: str, own: dict[str, object], gate: Gate | None, check: bool) -> None:
+    """Opens the backing file to see that it is there and, when no size is given, how large it is."""
+    name, format = cast(str, own["backing_file"]), cast("str | None", own.get("backing_fmt"))
+    if not check:
+        if format is None:
+            raise OptionError("Backing file specified without backing format")
+        return
+    try:
+        with _own_graph(gate) as graph:
+            # Only its size is read, so somebody else may be writing to it meanwhile.
+            node = graph.open(resolve(name, filename), driver=format, force_share=True)
+            size, found = node.size, node.driver_name
+    except OSError as error:
+        raise OSError(error.errno, f"Could not open backing image: {error.strerror}", error.filename or name) from error
+    except DiskwrightError as error:
+        raise ImageError(f"Could not open backing image: {error}") from error
+    if format is None:
+        raise OptionError(f"Backing file specified without backing format; it was detected as {found}")
+    own.setdefault("size", size)
+
+
+@contextmanager
+def _own_graph(gate: Gate | None) -> Iterator[Graph]:
+    graph = Graph(gate)
+    try:
+        yield graph
+    finally:
+        graph.close()
+
+
+@contextmanager
+def _removed_on_failure(path: str | None) -> Iterator[None]:
+    """Inside, the file ``path`` is made; when that fails and there was none before, there is none afterwards."""
+    made = None if path is None else _claim(path)
+    try:
+        yield
+    except ImageLocked:
+        raise  # somebody else has begun to use the new file, so it is no longer only ours
+    except BaseException:
+        if path is not None and made is not None:
+            _remove(path, made)
+        raise
+
+
+def _claim(path: str) -> os.stat_result | None:
+    """Makes the file when there is none, and tells which one it is. Making it exclusively is the only way to
+    know later that nobody else did."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE)
+    except FileExistsError:
+        return None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
+    try:
+        return os.fstat(fd)
+    finally:
+        os.close(fd)
+
+
+def _remove(path: str, made: os.stat_result) -> None:
+    try:
+        if os.path.samestat(os.lstat(path), made):
+            os.unlink(path)
+    except OSError:
+        pass  # the failure that led here is the one to tell

@@ -1,0 +1,103 @@
+"""The numbers of the qcow2 format: bits, masks, limits, and the geometry that follows from the cluster size.
+
+Sections are those of the format's specification, ``docs/interop/qcow2`` of the QEMU project.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from diskwright.units import MiB
+
+MAGIC: Final = b"QFI\xfb"
+
+MIN_CLUSTER_BITS: Final = 9
+MAX_CLUSTER_BITS: Final = 21
+"""2 MiB: no implementation makes larger clusters, and QEMU opens none."""
+
+# L1 and L2 table entries, section "Cluster mapping".
+COPIED: Final = 1 << 63
+"""Refcount is exactly one: may be overwritten in place."""
+COMPRESSED: Final = 1 << 62
+ZERO: Final = 1
+OFFSET_MASK: Final = 0x00FF_FFFF_FFFF_FE00
+"""Host offset of an L2 table (in L1 entries) or of a standard cluster (in L2 entries)."""
+L1_RESERVED: Final = 0x7F00_0000_0000_01FF
+L2_RESERVED: Final = 0x3F00_0000_0000_01FE
+"""Of standard cluster descriptors."""
+MAX_HOST_OFFSET: Final = 1 << 56
+"""Tables can point no further."""
+
+REFTABLE_OFFSET_MASK: Final = 0xFFFF_FFFF_FFFF_FE00
+REFTABLE_RESERVED: Final = 0x1FF
+
+# Limits: each bounds memory taken in proportion to a header field. They are those of QEMU, so that no image
+# that opens there is refused here.
+MAX_L1_BYTES: Final = 32 * MiB
+"""Four million L2 tables: 2 EiB at 2 MiB clusters, 128 GiB at 512 byte clusters."""
+MAX_REFTABLE_BYTES: Final = 8 * MiB
+MAX_SNAPSHOTS: Final = 65536
+MAX_SNAPSHOT_TABLE_BYTES: Final = 64 * MiB
+"""A thousand bytes for each of the most snapshots there can be."""
+MAX_BITMAPS: Final = 65535
+MAX_BITMAP_DIRECTORY_BYTES: Final = 64 * MiB
+"""The largest directory of that many bitmaps with names of the longest kind."""
+
+MAX_SLICE_BYTES: Final = 65536
+"""Longer L2 tables and refcount blocks are cached in pieces of this size: a table of 2 MiB would displace
+much that is in use for the few entries that are."""
+
+CACHE_BYTES: Final = 32 * MiB
+"""Default bound of cached tables: L2 entries for 192 GiB and refcounts for a TiB at 64 KiB clusters."""
+
+
+class Geometry:
+    """What follows from the cluster size and the refcount width. All sizes in bytes, all ``*_bits`` log2."""
+
+    __slots__ = (
+        "block_bits",
+        "cluster_bits",
+        "cluster_mask",
+        "cluster_size",
+        "compressed_mask",
+        "l2_bits",
+        "ref_slice_bits",
+        "refcount_order",
+        "sectors_mask",
+        "sectors_shift",
+        "slice_bits",
+        "slice_bytes",
+    )
+
+    def __init__(self, cluster_bits: int, refcount_order: int) -> None:
+        self.cluster_bits, self.refcount_order = cluster_bits, refcount_order
+        self.cluster_size = 1 << cluster_bits
+        self.cluster_mask = self.cluster_size - 1
+        self.l2_bits = cluster_bits - 3
+        """Entries of an L2 table."""
+        self.block_bits = cluster_bits + 3 - refcount_order
+        """Clusters counted by a refcount block."""
+        self.slice_bytes = min(self.cluster_size, MAX_SLICE_BYTES)
+        self.slice_bits = self.slice_bytes.bit_length() - 1 - 3
+        """Entries of an L2 slice."""
+        self.ref_slice_bits = self.slice_bytes.bit_length() - 1 + 3 - refcount_order
+        """Clusters counted by a slice of a refcount block."""
+        # Compressed clusters descriptor: x = 62 - (cluster_bits - 8) separates offset and sectors.
+        self.sectors_shift = 62 - (cluster_bits - 8)
+        self.sectors_mask = (1 << (cluster_bits - 8)) - 1
+        self.compressed_mask = (1 << min(self.sectors_shift, 56)) - 1
+
+    def compressed_place(self, entry: int) -> tuple[int, int]:
+        """``(file_offset, length)`` of the whole sectors a compressed cluster's descriptor speaks of."""
+        offset = entry & self.compressed_mask
+        sectors = ((entry >> self.sectors_shift) & self.sectors_mask) + 1
+        return offset, sectors * 512 - (offset & 511)
+
+    def clusters(self, length: int) -> int:
+        """How many clusters ``length`` bytes need."""
+        return (length + self.cluster_mask) >> self.cluster_bits
+
+    def l1_entries(self, size: int) -> int:
+        """How many L1 entries a disk of ``size`` bytes needs."""
+        shift = self.cluster_bits + self.l2_bits
+        return (size + (1 << shift) - 1) >> shift

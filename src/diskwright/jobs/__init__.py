@@ -1,0 +1,1 @@
+"""Jobs: long operations that can be watched, paused, throttled, completed and cancelled."""

@@ -1,0 +1,1 @@
+"""Storages: bytes at offsets, on something outside this process or in its memory."""

@@ -1,0 +1,1 @@
+"""What storages over a file descriptor share: transfers, holes, locks, O_DIRECT. Linux only."""
