@@ -8,6 +8,7 @@ by the class attributes. ``self.home`` is an empty directory that is removed aft
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
 import threading
@@ -186,10 +187,10 @@ class StorageConformance:
         cuts = [100]
         for length in lengths:
             cuts.append(cuts[-1] + length)
-        storage.writev([(a, memoryview(data)[a - 100 : b - 100]) for a, b in zip(cuts, cuts[1:], strict=False)])
+        storage.writev([(a, memoryview(data)[a - 100 : b - 100]) for a, b in itertools.pairwise(cuts)])
         assert read(storage, 100, len(data)) == data
         got = bytearray(len(data))
-        storage.readv([(a, memoryview(got)[a - 100 : b - 100]) for a, b in zip(cuts, cuts[1:], strict=False)])
+        storage.readv([(a, memoryview(got)[a - 100 : b - 100]) for a, b in itertools.pairwise(cuts)])
         assert got == data
 
     def test_long_segments(self) -> None:
@@ -390,7 +391,7 @@ class StorageConformance:
             if not self.has_place:
                 assert place is None
                 continue
-            assert place is not None and 0 < place.length <= length
+            assert place is not None and 0 < place.length <= min(length, SIZE - start)
             assert os.pread(place.fd, place.length, place.offset) == content[start : start + place.length]
 
     def test_no_place_beyond_the_end(self) -> None:
@@ -603,7 +604,9 @@ class StorageConformance:
         if name == "writes":
             cut = 1 + seed % length
             data = noise(length, seed)
-            storage.writev([(offset + cut, memoryview(data)[cut:])] * (cut < length) + [(offset, memoryview(data)[:cut])])
+            storage.writev(
+                [(offset + cut, memoryview(data)[cut:])] * (cut < length) + [(offset, memoryview(data)[:cut])]
+            )
             model[offset : offset + length] = data
         elif name == "write":
             write(storage, offset, noise(length, seed))

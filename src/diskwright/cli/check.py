@@ -14,6 +14,7 @@ from diskwright.errors import DiskwrightError, message_of
 
 if TYPE_CHECKING:
     from diskwright.core.driver import CheckReport
+    from diskwright.core.graph import Graph
     from diskwright.core.node import Node
 
 SUMMARY: Final = "check an image for damage, and repair it"
@@ -41,15 +42,7 @@ def run(args: argparse.Namespace) -> int:
     filename = common.one_operand(args.filename)
     cache = common.cache_mode(args.source_cache, "source cache")
     with common.graph_of(args) as graph:
-        node = common.open_image(
-            graph,
-            filename,
-            format=args.format,
-            image_opts=args.image_opts,
-            writable=args.repair is not None,
-            force_share=args.force_share,
-            cache=cache,
-        )
+        node = _open(graph, filename, args, cache)
         report = _check(node, args.repair or "off")
         fixed = report.corruptions_fixed, report.leaks_fixed
         if any(fixed):
@@ -62,6 +55,33 @@ def run(args: argparse.Namespace) -> int:
         elif not args.quiet:
             print("\n".join(_summary(report)))
     return _verdict(report)
+
+
+def _open(graph: Graph, filename: str, args: argparse.Namespace, cache: str | None) -> Node:
+    """The image; for a repair with whatever option its format has for opening what is damaged."""
+    from diskwright.core.driver import Format
+    from diskwright.core.options import describe
+    from diskwright.core.registry import find
+
+    def opened(**more: object) -> Node:
+        return common.open_image(
+            graph,
+            filename,
+            format=args.format,
+            image_opts=args.image_opts,
+            force_share=args.force_share,
+            cache=cache,
+            **more,  # type: ignore[arg-type]
+        )
+
+    if args.repair is None:
+        return opened()
+    looked_at = opened(backing=False) if not args.force_share else opened(writable=True)
+    driver = find(looked_at.driver_name)
+    graph.release(looked_at)
+    if issubclass(driver, Format) and any(info.name == "repair" for info in describe(driver.options)):
+        return opened(writable=True, options={"repair": True})
+    return opened(writable=True)
 
 
 def _check(node: Node, repair: str) -> CheckReport:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, NoReturn
@@ -39,6 +40,9 @@ class UsageError(Failure):
 class Parser(argparse.ArgumentParser):
     """argparse with this program's way of failing, and options and operands in any order."""
 
+    def __init__(self, *, prog: str = PROGRAM, description: str | None = None) -> None:
+        super().__init__(prog=prog, description=description, formatter_class=_formatter)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(_plain(message))
 
@@ -61,6 +65,16 @@ class Parser(argparse.ArgumentParser):
             else:
                 setattr(args, name, _unmark(value))
         return args
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    # One is made for every option that is declared. Left to find the width itself, it would load the
+    # compression libraries on the way (through shutil), which takes longer than reading an image's header.
+    try:
+        width = os.get_terminal_size().columns - 2
+    except OSError:
+        width = 78
+    return argparse.HelpFormatter(prog, width=max(width, 40))
 
 
 _MARK: Final = "\0"
@@ -173,7 +187,7 @@ def wants_help(options: str) -> bool:
 
 
 def make_gate(name: str) -> Gate:
-    from diskwright.core.gate import ClosedGate, DirectoryGate, Gate, OpenGate
+    from diskwright.core.gate import ClosedGate, DirectoryGate, OpenGate
 
     gates: dict[str, type[Gate]] = {"open": OpenGate, "directory": DirectoryGate, "closed": ClosedGate}
     return gates[name]()
@@ -202,6 +216,14 @@ def specification(name: str, image_opts: bool) -> str | dict[str, object]:
     return dict(split_pairs(name))
 
 
+def _as_mapping(spec: str | dict[str, object]) -> dict[str, object]:
+    from diskwright.core.graph import parse_json
+
+    if isinstance(spec, dict):
+        return spec
+    return parse_json(spec[5:]) if spec.startswith("json:") else {"filename": spec}
+
+
 def open_image(
     graph: Graph,
     name: str,
@@ -212,18 +234,31 @@ def open_image(
     force_share: bool = False,
     cache: str | None = None,
     backing: bool = True,
+    options: Mapping[str, object] | None = None,
     code: int = 1,
 ) -> Node:
-    """Opens the image a user names. Raises Failure with ``code``, worded for that user."""
+    """Opens the image a user names, with more ``options`` for its driver. Raises Failure with ``code``, worded
+    for that user."""
     if image_opts and format is not None:
         raise Failure("--image-opts and --format are mutually exclusive", code)
     try:
         if writable and force_share:
             raise OptionError("force-share=on can only be used with read-only images")
         spec = specification(name, image_opts)
+        if options:
+            spec = {**_as_mapping(spec), **options}
         return graph.open(spec, driver=format, writable=writable, force_share=force_share, cache=cache, backing=backing)
     except (DiskwrightError, OSError) as error:
-        raise Failure(f"Could not open '{name}': {opening_error(error)}", code) from error
+        # Many of our own messages begin with the name that has just been told.
+        reason = opening_error(error).removeprefix(f"{name}: ")
+        raise Failure(f"Could not open '{name}': {reason}", code) from error
+
+
+def guest_size(node: Node) -> int:
+    """The size a guest sees: disks have whole sectors, and what a file lacks of its last one reads as zeros."""
+    from diskwright.units import SECTOR, align_up
+
+    return align_up(node.size, SECTOR)
 
 
 def opening_error(error: BaseException) -> str:

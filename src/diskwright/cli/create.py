@@ -28,8 +28,14 @@ _ORDER: Final[Mapping[str, Sequence[str]]] = {
         "backing_fmt", "data_file", "data_file_raw", "lazy_refcounts", "refcount_bits",
     ),
 }  # fmt: skip
-_ALWAYS: Final[Mapping[str, Sequence[str]]] = {
-    "qcow2": ("cluster_size", "extended_l2", "compression_type", "lazy_refcounts", "refcount_bits"),
+_ALWAYS: Final[Mapping[str, Mapping[str, str]]] = {
+    "qcow2": {
+        "cluster_size": "65536",
+        "extended_l2": "off",
+        "compression_type": "zlib",
+        "lazy_refcounts": "off",
+        "refcount_bits": "16",
+    },
 }
 
 
@@ -96,19 +102,12 @@ def announcement(creation: Plan, format: str) -> str:
     """``Formatting 'x', fmt=qcow2 cluster_size=65536 ...``"""
     from diskwright.core.options import describe
 
-    known = {info.name.replace("-", "_"): info for info in describe(creation.driver.create_options)}
-    below = [info for info in describe(creation.storage.create_options) if info.name.replace("-", "_") not in known]
-    known.update((info.name.replace("-", "_"), info) for info in below)
-    order = [*_ORDER.get(format, ()), *known]
-    always = _ALWAYS.get(format, ())
-    shown = []
-    for name in dict.fromkeys(order):
-        info = known.get(name)
-        if info is None or (name not in creation.given and name not in always):
-            continue
-        value = creation.given.get(name, info.default)
-        shown.append(f"{name}={_as_given(value).replace(',', ',,')}")
-    return " ".join([f"Formatting '{creation.filename}', fmt={format}", *shown])
+    known = [*describe(creation.driver.create_options), *describe(creation.storage.create_options)]
+    order = (*_ORDER.get(format, ()), *(info.name.replace("-", "_") for info in known))
+    shown = dict(_ALWAYS.get(format, {}))
+    shown.update((name, _as_given(value)) for name, value in creation.given.items())
+    pairs = [f"{name}={shown[name].replace(',', ',,')}" for name in dict.fromkeys(order) if name in shown]
+    return " ".join([f"Formatting '{creation.filename}', fmt={format}", *pairs])
 
 
 def _as_given(value: object) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from diskwright.cli import common
 from diskwright.cli.common import Failure
@@ -82,8 +82,6 @@ class ImageFacts:
         """The order of the keys is that of qemu-img, whose output programs may compare as text."""
         details, backing = self.details, self.backing
         rows: dict[str, object] = {}
-        if snapshots := _snapshots(details):
-            rows["snapshots"] = snapshots
         if backing is not None and backing.format is not None:
             rows["backing-filename-format"] = backing.format
         rows["virtual-size"] = self.size
@@ -125,8 +123,6 @@ class ImageFacts:
             lines.append(f"backing file: {backing.filename}{actual}")
             if backing.format is not None:
                 lines.append(f"backing file format: {backing.format}")
-        if snapshots := _snapshots(details):
-            lines += ["Snapshot list:", *_snapshot_table(snapshots)]
         if details.specific is not None:
             lines += ["Format specific information:", *indented(details.specific, 1)]
         return lines
@@ -144,7 +140,7 @@ def gather(node: Node) -> ImageFacts:
     return ImageFacts(
         filename=node.filename,
         format=node.driver_name,
-        size=node.size,
+        size=common.guest_size(node),
         actual_size=_allocated(node),
         details=Info() if form is None else form.info(),
         backing=backing,
@@ -166,7 +162,3 @@ def _allocated(node: Node) -> int | None:
                 return None
             total += part
     return total
-
-
-def _snapshots(details: Info) -> list[Any]:
-    return list(getattr(details, "snapshots", None) or ())

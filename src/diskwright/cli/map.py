@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 SUMMARY: Final = "list where the bytes of an image are"
 
 
+_PREALLOCATING: Final = ("qcow2",)
+"""Formats whose data clusters may be holes of the file: taken in advance, and not written since."""
+
+
 class Row(NamedTuple):
     """One line of the map. ``place`` is where the bytes are in ``filename``, or -1."""
 
@@ -54,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
         node = common.open_image(
             graph, filename, format=args.format, image_opts=args.image_opts, force_share=args.force_share
         )
-        end = node.size if limit is None else min(node.size, start + limit)
+        size = common.guest_size(node)
+        end = size if limit is None else min(size, start + limit)
         rows = merged(_rows(node, start, end))
         if as_json:
             _print_json(rows, start)
@@ -118,38 +123,71 @@ def _rows(node: Node, start: int, end: int) -> Iterator[Row]:
     from diskwright.core.status import status
     from diskwright.extents import windows
 
-    names: dict[int, str] = {}
+    files = _Files()
     try:
         for offset, length in windows(start, end - start):
             for run in status(node, offset, length):
-                yield from _rows_of(run, names)
+                yield from _rows_of(run, files)
     except (DiskwrightError, OSError) as error:
         raise Failure(f"Could not read file metadata: {message_of(error)}") from error
 
 
-def _rows_of(run: Status, names: dict[int, str]) -> Iterator[Row]:
+def _rows_of(run: Status, files: _Files) -> Iterator[Row]:
     """A run as the map tells it: what lies beyond the end of a short backing image is credited to the
     image above it, as something that image does not have."""
     size = run.node.size
     if run.depth and run.zero and run.end > size:
         inside = max(0, size - run.offset)
         if inside:
-            yield from _rows_of(run._replace(length=inside), names)
+            yield from _rows_of(run._replace(length=inside), files)
         yield Row(run.offset + inside, run.length - inside, run.depth - 1, False, True, False, -1, "")
         return
     place = run.file_offset
-    filename = _file_name(run.node, names) if place >= 0 else ""
-    yield Row(run.offset, run.length, run.depth, run.present, run.zero, run.data, place, filename)
+    if place < 0:
+        yield Row(run.offset, run.length, run.depth, run.present, run.zero, run.data, -1, "")
+        return
+    file, sparse = files.of(run.node)
+    row = Row(run.offset, run.length, run.depth, run.present, run.zero, run.data, place, file.filename)
+    if run.data and sparse:
+        yield from _with_holes(row, file)
+    else:
+        yield row
 
 
-def _file_name(node: Node, names: dict[int, str]) -> str:
-    """The name of the file a layer's bytes are in."""
-    name = names.get(id(node))
-    if name is None:
-        from diskwright.core.node import FormatNode
+def _with_holes(row: Row, file: Node) -> Iterator[Row]:
+    """``row`` cut up by whether the file has anything where its bytes would be."""
+    from diskwright.extents import ZERO
 
-        name = node.filename
-        if isinstance(node, FormatNode):
-            name = node.format.children[node.format.data_child].filename
-        names[id(node)] = name
-    return name
+    for run in file.extents(row.place, row.length):
+        start = row.start + run.offset - row.place
+        yield row._replace(start=start, length=run.length, place=run.offset, zero=run.kind == ZERO)
+
+
+class _Files:
+    """For each layer the file its bytes are in, and whether that file's holes are worth looking for."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Node, bool]] = {}
+
+    def of(self, node: Node) -> tuple[Node, bool]:
+        known = self._known.get(id(node))
+        if known is None:
+            known = self._known[id(node)] = self._look(node)
+        return known
+
+    @staticmethod
+    def _look(node: Node) -> tuple[Node, bool]:
+        from diskwright.core.node import FormatNode, StorageNode
+
+        if not isinstance(node, FormatNode):
+            return node, False
+        file = node.format.children[node.format.data_child]
+        if node.driver_name not in _PREALLOCATING or not isinstance(file, StorageNode):
+            return file, False
+        space = file.storage.allocated_size()
+        if space is None:
+            return file, False
+        # An image whose clusters were taken in advance has a file of which much is holes. Only then are they
+        # looked for, as qemu-img does it too: elsewhere it would take time and find next to nothing.
+        clusters, in_use = -(-file.size // node.cluster_size), space // node.cluster_size
+        return file, clusters >= max(in_use * 10 // 9, in_use + 2)

@@ -75,7 +75,8 @@ class RateLimit:
 
     def _delay(self) -> float:
         self._settle()
-        return self._debt / self._speed if self._speed else 0.0
+        # Less than a byte is no debt: rounding leaves such rests, too short for a clock to ever run out.
+        return self._debt / self._speed if self._speed and self._debt >= 1 else 0.0
 
     def _settle(self) -> None:
         now = monotonic()

@@ -12,7 +12,7 @@ import errno
 import threading
 
 from diskwright.core.driver import Filter, Segments
-from diskwright.core.node import Node
+from diskwright.core.node import Node, below_filters
 from diskwright.core.probe import HEAD, probe_head
 
 
@@ -26,7 +26,8 @@ class ProbeGuard(Filter):
         self._lock = threading.Lock()
 
     def writev(self, segments: Segments) -> None:
-        if all(offset >= HEAD for offset, _ in segments):
+        # A mirror may have put another format beneath, and then the guest's bytes are not the file's.
+        if all(offset >= HEAD for offset, _ in segments) or below_filters(self.child).driver_name != "raw":
             self.child.writev(segments)
             return
         # Held over check and write: two writes, each harmless, must not make a header between them.

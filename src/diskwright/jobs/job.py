@@ -318,7 +318,7 @@ class Job(ABC):
             chosen = action(policy, error)
             if chosen is Action.STOP and self._state not in (State.RUNNING, State.READY):
                 chosen = Action.REPORT  # too late to be paused: ``pending`` knows no such thing
-            data = {"device": self.id, "operation": operation, "action": chosen.value}
+            data: dict[str, object] = {"device": self.id, "operation": operation, "action": chosen.value}
             self._emit("BLOCK_JOB_ERROR", data)
             if chosen is Action.STOP:
                 self._user_paused = True

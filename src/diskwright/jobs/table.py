@@ -55,7 +55,8 @@ class Jobs:
                 job.cancel(force=True)
             except JobError:
                 continue  # it has ended
-        return all([job.wait(timeout) for job in jobs])
+        ended = [job.wait(timeout) for job in jobs]  # each is waited for, also after one that was not done
+        return all(ended)
 
     def _forget(self, job: Job) -> None:
         with self._lock:

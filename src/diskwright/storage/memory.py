@@ -38,14 +38,14 @@ class MemoryStorage(DescriptorStorage):
     @classmethod
     def open(cls, options: MemoryOptions, *, writable: bool) -> Self:
         fd = os.memfd_create("diskwright", os.MFD_CLOEXEC)
-        try:
-            os.ftruncate(fd, options.size)
-        except OSError as error:
-            os.close(fd)
-            raise OptionError(f"Memory of {options.size} bytes cannot be had: {error.strerror}") from error
         storage = cls(fd, "memory:", writable=writable)
         # Pages taken out and pages of zeros differ in nothing a user could notice.
         storage._space = FileSpace(fd, storage._grow, keep=False)
+        try:
+            storage.truncate(options.size)
+        except OSError as error:
+            storage.close()
+            raise OptionError(f"Memory of {options.size} bytes cannot be had: {error.strerror}") from error
         return storage
 
     def flush(self) -> None:

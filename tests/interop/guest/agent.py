@@ -6,6 +6,8 @@ says one line an event, the first word being its kind; README.md lists them. It 
 ends process 1, the kernel panics, and QEMU exits: a run that went wrong can only look wrong.
 """
 
+from __future__ import annotations
+
 import ctypes
 import errno
 import fcntl
@@ -29,19 +31,19 @@ FILES = "/mnt"
 DISK_WAIT = 30.0  # seconds until the disk must have shown up
 
 
-def call(name, *arguments):
+def call(name: str, *arguments: object) -> None:
     """Calls a function of libc that returns -1 and sets errno when it fails."""
     if getattr(LIBC, name)(*arguments) == -1:
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")
 
 
-def mount(source, target, kind, options=""):
+def mount(source: str, target: str, kind: str, options: str = "") -> None:
     """Mounts ``source`` on ``target``."""
     call("mount", source.encode(), target.encode(), kind.encode(), MS_RELATIME, options.encode())
 
 
-def read_text(path):
+def read_text(path: str) -> str:
     """Returns a small file of /proc or /sys, stripped."""
     with open(path, encoding="utf-8") as file:
         return file.read().strip()
@@ -50,18 +52,18 @@ def read_text(path):
 class Talk:
     """The serial line to the host: lines out, commands in."""
 
-    def __init__(self, path):
+    def __init__(self, path: str) -> None:
         self.fd = os.open(path, os.O_RDWR | os.O_NOCTTY)
         tty.setraw(self.fd, termios.TCSANOW)
         self._pending = b""
 
-    def say(self, line):
+    def say(self, line: str) -> None:
         """Sends one line."""
         data = line.encode() + b"\n"
         while data:
             data = data[os.write(self.fd, data) :]
 
-    def heard(self, timeout=0.0):
+    def heard(self, timeout: float = 0.0) -> list[str]:
         """Returns the commands that have arrived, waiting at most ``timeout`` seconds for the first."""
         while select.select([self.fd], [], [], timeout)[0]:
             self._pending += os.read(self.fd, 256)
@@ -70,7 +72,7 @@ class Talk:
         return [line.decode().strip() for line in lines]
 
 
-def load_modules():
+def load_modules() -> None:
     """Inserts the kernel modules in the order the builder found."""
     with open("/modules/order", encoding="utf-8") as file:
         names = file.read().split()
@@ -83,13 +85,13 @@ def load_modules():
                 raise OSError(number, f"module {name}: {os.strerror(number)}")
 
 
-def settings():
+def settings() -> dict[str, str]:
     """Returns the dw.* words of the kernel command line."""
     words = [word.partition("=") for word in read_text("/proc/cmdline").split()]
     return {name[3:]: value for name, _, value in words if name.startswith("dw.")}
 
 
-def execute(*arguments):
+def execute(*arguments: str) -> int:
     """Runs a program and returns its exit status."""
     pid = os.posix_spawn(arguments[0], arguments, {"PATH": "/sbin"})
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -98,7 +100,7 @@ def execute(*arguments):
 class Workload:
     """Writes the records of a plan, acknowledges what has been flushed, checks all of it when asked."""
 
-    def __init__(self, talk, path, direct, plan, acked):
+    def __init__(self, talk: Talk, path: str, direct: bool, plan: records.Plan, acked: int) -> None:
         self.talk, self.path, self.direct, self.plan = talk, path, direct, plan
         self.acked = acked  # what must be on the disk: told by the host at first, then known at first hand
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | (os.O_DIRECT if direct else 0), 0o644)
@@ -107,7 +109,7 @@ class Workload:
         self.batches = 0
         self.worst = 0.0
 
-    def begin(self):
+    def begin(self) -> None:
         """Finds where an earlier run stopped, or writes the header of a new one."""
         with open(self.path, "rb", buffering=0) as file:
             found = records.Plan.parse(file.read(512))
@@ -125,14 +127,14 @@ class Workload:
             os.makedirs(FILES + "/churn", exist_ok=True)
         self.talk.say(f"ready next={self.next}")
 
-    def put(self, offset, data):
+    def put(self, offset: int, data: bytes) -> None:
         """Writes one block."""
         self.buffer[: len(data)] = data
         with memoryview(self.buffer) as whole, whole[: len(data)] as view:
             if os.pwrite(self.fd, view, offset) != len(data):
                 raise OSError(errno.EIO, "short write")
 
-    def batch(self):
+    def batch(self) -> None:
         """Writes and flushes one batch, then acknowledges it."""
         began = time.monotonic()
         plan = self.plan
@@ -147,7 +149,7 @@ class Workload:
         self.worst = max(self.worst, took)
         self.talk.say(f"ack {self.acked} ms={took * 1000:.1f}")
 
-    def churn(self, number):
+    def churn(self, number: int) -> None:
         """Makes the file of a batch and removes the one that is CHURN_KEPT older, which the mount turns to discards."""
         made = self.plan.churn_file(number)
         if made is None:
@@ -164,10 +166,10 @@ class Workload:
             file.flush()
             os.fsync(file.fileno())
         old = self.plan.churn_file(number - records.CHURN_KEPT * self.plan.churn)
-        if number > records.CHURN_KEPT * self.plan.churn and os.path.exists(f"{FILES}/churn/{old[0]}"):
+        if old and number > records.CHURN_KEPT * self.plan.churn and os.path.exists(f"{FILES}/churn/{old[0]}"):
             os.unlink(f"{FILES}/churn/{old[0]}")
 
-    def check(self):
+    def check(self) -> records.Report:
         """Reads everything back from the disk, past the page cache, and says what was found."""
         os.sync()
         with open("/proc/sys/vm/drop_caches", "w", encoding="utf-8") as file:
@@ -178,7 +180,7 @@ class Workload:
         self.talk.say(f"{'verified' if report.ok else 'damaged'} {report}")
         return report
 
-    def run(self, pace, limit):
+    def run(self, pace: float, limit: float) -> None:
         """Writes batches until the host says stop, or for ``limit`` seconds; ``pace`` seconds pass between two."""
         end = time.monotonic() + limit
         paused = False
@@ -199,7 +201,7 @@ class Workload:
                 self.batch()
                 time.sleep(pace)
 
-    def trim(self):
+    def trim(self) -> None:
         """Discards all free space of the file system."""
         fd = os.open(FILES, os.O_RDONLY)
         try:
@@ -209,7 +211,7 @@ class Workload:
             os.close(fd)
 
 
-def wait_for_disk(talk):
+def wait_for_disk(talk: Talk) -> None:
     """Waits until the disk is there, and says what the guest makes of it."""
     end = time.monotonic() + DISK_WAIT
     while not os.path.exists(DISK):
@@ -226,20 +228,20 @@ def wait_for_disk(talk):
     talk.say("disk " + " ".join(f"{name}={value}" for name, value in words.items()))
 
 
-def has_ext4():
+def has_ext4() -> bool:
     """True when the disk has the magic of an ext file system."""
     with open(DISK, "rb") as file:
         file.seek(1024 + 56)
         return file.read(2) == b"\x53\xef"
 
 
-def session(talk, options):
+def session(talk: Talk, options: dict[str, str]) -> int:
     """One life of the guest. Returns its result: 0 when nothing is wrong."""
     files = options["mode"] == "ext4"
     if files:
         if not has_ext4():
             extra = "lazy_itable_init=0,lazy_journal_init=0"
-            if execute("/sbin/mke2fs", "-q", "-F", "-t", "ext4", "-E", extra, DISK):
+            if execute("/sbin/mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-E", extra, DISK):
                 raise OSError(errno.EIO, "mke2fs failed")
             talk.say("formatted")
         mount(DISK, FILES, "ext4", "discard,errors=remount-ro")
@@ -265,7 +267,7 @@ def session(talk, options):
     return 0 if good else 1
 
 
-def main():
+def main() -> None:
     """Boots, runs the session, powers off."""
     for kind, target in (("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")):
         mount(kind, target, kind)

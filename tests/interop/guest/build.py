@@ -3,7 +3,7 @@
     python -m tests.interop.guest.build
 
 Nothing is installed and nothing compiled. The kernel package is downloaded with apt-get; Python and e2fsprogs are this
-machine's own, copied with the libraries they need. So the guest runs on a Debian machine of the same processor (x86-64).
+machine's own, copied with the libraries they need. So this takes a Debian machine whose processor is an x86-64.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ KERNEL = "linux-image-cloud-amd64"  # a package of no contents that depends on t
 PYTHON = "/usr/bin/python3"  # the distribution's: its libraries are known to be next to it
 PROGRAMS = ("/sbin/mke2fs", "/sbin/e2fsck")
 MODULES = ("virtio_pci", "virtio_blk", "ext4", "crc32c_generic", "8250")  # those not built in are inserted at boot
-PYTHON_MODULES = "ctypes encodings.ascii errno fcntl mmap os select struct sys termios time traceback tty zlib".split()
+PYTHON_MODULES = (  # what agent.py and records.py import, and what Python wants for an error message
+    *("__future__", "ctypes", "encodings.ascii", "errno", "fcntl", "mmap", "os", "select", "struct", "termios", "time"),
+    *("traceback", "tty", "zlib"),
+)
 SOURCES = ("agent.py", "build.py", "cpio.py", "records.py")
 
 

@@ -14,9 +14,15 @@ on any image that is the disk as it was at one moment:
 This module runs inside the guest too, on a stripped Python: it imports nothing heavy.
 """
 
+from __future__ import annotations
+
 import os
 import struct
 import zlib
+
+TYPE_CHECKING = False  # typing itself would be slow to import under emulation
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 HEADER = struct.Struct("<8sIIIIQI")  # magic, block, slots, batch, churn, seed, crc32 of the fields before
 HEADER_MAGIC = b"dwplan01"
@@ -38,7 +44,7 @@ class Damaged(Exception):
 class Plan:
     """What is written where. ``churn`` n > 0: every n-th batch makes one file and removes an old one."""
 
-    def __init__(self, slots, batch=16, seed=1, block=4096, churn=0):
+    def __init__(self, slots: int, batch: int = 16, seed: int = 1, block: int = 4096, churn: int = 0) -> None:
         if not (0 < slots <= MAX_SLOTS and 512 <= block <= MAX_BLOCK and block % 512 == 0 and 0 < batch <= 1 << 16):
             raise Damaged(f"impossible plan: {slots} slots of {block} bytes in batches of {batch}")
         self.slots, self.batch, self.seed, self.block, self.churn = slots, batch, seed, block, churn
@@ -46,13 +52,13 @@ class Plan:
         self._zeros = bytes(block)
         self._pool = _noise(seed, POOL + block)
 
-    def header(self):
+    def header(self) -> bytes:
         """Returns the block at offset 0."""
         fields = HEADER.pack(HEADER_MAGIC, self.block, self.slots, self.batch, self.churn, self.seed, 0)[:-4]
         return (fields + struct.pack("<I", zlib.crc32(fields))).ljust(self.block, b"\0")
 
     @classmethod
-    def parse(cls, block):
+    def parse(cls, block: bytes) -> Plan | None:
         """Returns the plan a header block describes, or None for a block of zeros. Raises Damaged."""
         if not block.strip(b"\0"):
             return None
@@ -63,15 +69,17 @@ class Plan:
             raise Damaged("the header's magic or checksum is wrong")
         return cls(slots, batch, seed, size, churn)
 
-    def slot(self, sequence):
-        """Returns the slot of a record: spread all over by a multiplicative hash."""
-        return ((sequence + self.seed) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) * self.slots >> 64
+    def slot(self, sequence: int) -> int:
+        """Returns the slot of a record: as good as random, so that some are soon written over and some hardly ever."""
+        mixed = (sequence + self.seed) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        mixed = (mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        return mixed * self.slots >> 64
 
-    def offset(self, slot):
+    def offset(self, slot: int) -> int:
         """Returns the byte offset of a slot."""
         return (slot + 1) * self.block
 
-    def record(self, sequence):
+    def record(self, sequence: int) -> bytes:
         """Returns the bytes of record ``sequence``; every sector of them differs from those of its neighbours."""
         start = sequence * 2654435761 % POOL
         body = self._pool[start : start + self.block - RECORD.size]
@@ -79,7 +87,7 @@ class Plan:
         crc = zlib.crc32(body, zlib.crc32(head))
         return head[:-4] + struct.pack("<I", crc) + body
 
-    def read(self, slot, block):
+    def read(self, slot: int, block: bytes) -> int:
         """Returns the sequence of the record in a slot's block, 0 for zeros. Raises Damaged for all else."""
         if block == self._zeros:
             return 0
@@ -93,20 +101,21 @@ class Plan:
             raise Damaged(f"the checksum of record {sequence} is wrong")
         if block != self.record(sequence):
             raise Damaged(f"record {sequence} has a right checksum and wrong contents")
-        return sequence
+        found: int = sequence
+        return found
 
-    def batch_start(self, sequence):
+    def batch_start(self, sequence: int) -> int:
         """Returns the first sequence of the batch that ``sequence`` is in."""
         return (sequence - 1) // self.batch * self.batch + 1
 
-    def latest(self, sequence):
+    def latest(self, sequence: int) -> list[int]:
         """Returns for each slot the newest record not above ``sequence`` (0: none), as a list."""
         found = [0] * self.slots
         for number in range(1, sequence + 1):
             found[self.slot(number)] = number
         return found
 
-    def churn_file(self, batch_number):
+    def churn_file(self, batch_number: int) -> tuple[str, bytes] | None:
         """Returns (name, contents) of the file that batch ``batch_number`` makes, or None."""
         if not self.churn or batch_number % self.churn:
             return None
@@ -120,28 +129,30 @@ class Plan:
 class Report:
     """What a check found. ``ok`` is false when a record that had to be there is not, or anything is damaged."""
 
-    def __init__(self):
-        self.problems = []
+    def __init__(self) -> None:
+        self.problems: list[str] = []
         self.count = 0
         self.records = 0
         self.newest = 0
         self.floor = 0
 
     @property
-    def ok(self):
+    def ok(self) -> bool:
         return self.count == 0
 
-    def problem(self, text):
+    def problem(self, text: str) -> None:
         self.count += 1
         if len(self.problems) < SHOWN:
             self.problems.append(text)
 
-    def __str__(self):
+    def __str__(self) -> str:
         text = f"records={self.records} newest={self.newest} floor={self.floor} problems={self.count}"
         return text + "".join("; " + p for p in self.problems)
 
 
-def verify(read, plan, acked=0, ordered=False, torn=False):
+def verify(
+    read: Callable[[int, int], bytes], plan: Plan, acked: int = 0, ordered: bool = False, torn: bool = False
+) -> Report:
     """Reads all slots by ``read(offset, length)`` and returns a Report.
 
     Every record up to the floor must be there or have been overwritten by a newer one. The floor is the higher of
@@ -150,7 +161,8 @@ def verify(read, plan, acked=0, ordered=False, torn=False):
     power in the middle of a block.
     """
     report = Report()
-    found, damaged = [0] * plan.slots, {}
+    found = [0] * plan.slots
+    damaged: dict[int, str] = {}
     for slot in range(plan.slots):
         try:
             found[slot] = plan.read(slot, read(plan.offset(slot), plan.block))
@@ -172,7 +184,7 @@ def verify(read, plan, acked=0, ordered=False, torn=False):
     return report
 
 
-def verify_file(path, acked=0, ordered=False, torn=False):
+def verify_file(path: str, acked: int = 0, ordered: bool = False, torn: bool = False) -> Report:
     """Verifies a record file or raw disk; the plan is read from its header. Raises OSError when it can't be read."""
     report = Report()
     with open(path, "rb", buffering=0) as file:
@@ -188,7 +200,7 @@ def verify_file(path, acked=0, ordered=False, torn=False):
         return verify(lambda offset, length: _pread(file.fileno(), offset, length), plan, acked, ordered, torn)
 
 
-def verify_churn(directory, plan, report):
+def verify_churn(directory: str, plan: Plan, report: Report) -> None:
     """Checks the churn directory against the records: adds problems to their ``report``."""
     if not plan.churn:
         return
@@ -196,7 +208,9 @@ def verify_churn(directory, plan, report):
     begun = (report.newest // plan.batch + 2) // plan.churn  # the newest file whose making may have begun
     names = set(os.listdir(directory)) if os.path.isdir(directory) else set()
     for number in range(1, begun + 1):
-        name, contents = plan.churn_file(number * plan.churn)
+        made_so = plan.churn_file(number * plan.churn)
+        assert made_so
+        name, contents = made_so
         if number <= made and name in names:
             with open(os.path.join(directory, name), "rb") as file:
                 if file.read() != contents:
@@ -205,7 +219,7 @@ def verify_churn(directory, plan, report):
             report.problem(f"churn file {name} is missing")
 
 
-def _pread(fd, offset, length):
+def _pread(fd: int, offset: int, length: int) -> bytes:
     """Reads ``length`` bytes; what lies beyond the end reads as zeros, as in a record file cut short by a crash."""
     parts = []
     while length:
@@ -219,7 +233,7 @@ def _pread(fd, offset, length):
     return b"".join(parts)
 
 
-def _noise(seed, length):
+def _noise(seed: int, length: int) -> bytes:
     """Returns ``length`` bytes that do not compress (xorshift64)."""
     state = (seed * 0x9E3779B97F4A7C15 ^ 0x2545F4914F6CDD1D) & 0xFFFFFFFFFFFFFFFF or 1
     words = []

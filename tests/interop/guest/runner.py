@@ -8,7 +8,7 @@
 
     python -m tests.interop.guest.runner DISK [--mode raw] [--seconds 5] [--action verify]
 
-The machine is emulated without KVM: a nested one is not to be had everywhere, and fails in odd ways where it half works.
+The machine is emulated without KVM: a nested one is not to be had everywhere, and may half work, which is worse.
 """
 
 from __future__ import annotations

@@ -265,7 +265,7 @@ def _check_tables(path: str, header: Header) -> None:
         raise CorruptImage(path, "size", header.size, AT_SIZE, f"no disk is larger than {MAX_DISK_SIZE} bytes")
     if header.l1_size * 8 > MAX_L1_BYTES:
         raise LimitExceeded(
-            f"{path}: l1_size is {header.l1_size} at offset {AT_L1:#x}; at most {MAX_L1_BYTES // 8} entries are accepted"
+            f"{path}: l1_size is {header.l1_size} at offset {AT_L1:#x}; at most {MAX_L1_BYTES // 8} are accepted"
         )
     if header.l1_size < header.geometry.l1_entries(header.size):
         raise CorruptImage(path, "l1_size", header.l1_size, AT_L1, f"too small for a disk of {header.size} bytes")

@@ -85,7 +85,7 @@ class Geometry:
         # Compressed clusters descriptor: x = 62 - (cluster_bits - 8) separates offset and sectors.
         self.sectors_shift = 62 - (cluster_bits - 8)
         self.sectors_mask = (1 << (cluster_bits - 8)) - 1
-        self.compressed_mask = (1 << min(self.sectors_shift, 56)) - 1
+        self.compressed_mask = (1 << self.sectors_shift) - 1
 
     def compressed_place(self, entry: int) -> tuple[int, int]:
         """``(file_offset, length)`` of the whole sectors a compressed cluster's descriptor speaks of."""

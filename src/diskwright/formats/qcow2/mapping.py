@@ -68,18 +68,10 @@ class Mapping:
         table = self.l1[index] & OFFSET_MASK
         if not table:
             return None
-        found = self.l2.peek(number)
-        if found is None and table >= self.file.size:
-            # A table we have not yet written lies there too, but that one is cached.
-            found = self.l2.peek(number)
-            if found is None:
-                self._bad_l1(index, "beyond the end of the file")
+        # A table of ours that is not yet written lies beyond the end too, but that one is cached.
+        if self.l2.peek(number) is None and table >= self.file.size:
+            self._bad_l1(index, "beyond the end of the file")
         return self.l2.get(number)
-
-    def entry(self, cluster: int) -> int:
-        """The L2 entry of guest cluster ``cluster``; 0 when there is no L2 table."""
-        items = self.load(cluster >> self.geometry.slice_bits)
-        return 0 if items is None else items[cluster & self._index_mask]
 
     # -- one run ---------------------------------------------------------------------------------
 
@@ -258,7 +250,7 @@ class Mapping:
         if not any(self.l1[l1_first : l1_last + 1]):
             return None
         found = np.zeros(count, np.uint64)
-        raw = memoryview(found).cast("B")
+        raw = memoryview(found.view(np.uint8).data)
         wanted: list[tuple[int, memoryview]] = []
         swapped: list[tuple[int, int]] = []
         at = first

@@ -182,6 +182,8 @@ class DirectIO:
             cursor.take(block[start - low : end - low])
             self._write_blocks(low, block)
             return
+        if self.cached_fd < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # a device, which ends here
         part = bounce[: end - start]
         cursor.take(part)
         # RWF_DSYNC, so that no dirty page of this block is left for a later direct write to meet.

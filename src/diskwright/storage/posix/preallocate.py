@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from functools import cache
@@ -10,7 +11,7 @@ from typing import Final
 from diskwright.errors import OptionError
 from diskwright.storage.posix import syscalls
 from diskwright.storage.posix.syscalls import FALLOC_KEEP_SIZE, UNSUPPORTED
-from diskwright.units import MiB
+from diskwright.units import MAX_DISK_SIZE, MiB
 
 MODES: Final = ("off", "falloc", "full")
 
@@ -25,6 +26,8 @@ def resize(fd: int, size: int, preallocation: str, write: Callable[[int, memoryv
     """
     if preallocation not in MODES:
         raise OptionError(f"Preallocation '{preallocation}' is unknown here; use one of {', '.join(MODES)}")
+    if size > MAX_DISK_SIZE:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     old = os.lseek(fd, 0, os.SEEK_END)
     if preallocation == "off":
         os.ftruncate(fd, size)

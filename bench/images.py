@@ -1,0 +1,125 @@
+"""The images that are measured on: random data, tables without data, and a file system of real files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from typing import Final
+
+from tests.peers.process import run
+
+CHUNK: Final = 1 << 20
+FILL: Final = 0.6
+"""Share of the file system that files take up."""
+TREES: Final = ("/usr/share", "/usr/lib", "/usr/bin", "/usr/include", "/usr/libexec", "/usr/local", "/opt")
+"""Where real files are taken from, in this order, until there are enough."""
+SMALL_FILES: Final = 3000
+"""How many files below LARGE_FILE are taken: a file system has them, and tens of thousands take minutes to copy."""
+LARGE_FILE: Final = 64 << 10
+MAKE_TIMEOUT: Final = 600.0
+
+
+def random_raw(path: str, size: int) -> None:
+    """A raw image of ``size`` bytes that no program can mistake for zeros or compress."""
+    with open(path, "wb") as file:
+        for _ in range(size // CHUNK):
+            file.write(os.urandom(CHUNK))
+
+
+def copy(source: str, target: str) -> None:
+    """A copy of a file, holes and all, in the page cache."""
+    run("cp", "--sparse=auto", "--reflink=never", source, target, timeout=MAKE_TIMEOUT)
+
+
+def convert(source: str, source_format: str, target: str, target_format: str) -> None:
+    """A copy in another format, by qemu-img."""
+    run("qemu-img", "convert", "-f", source_format, "-O", target_format, source, target, timeout=MAKE_TIMEOUT)
+
+
+def empty_qcow2(path: str, size: int) -> None:
+    """A qcow2 image in which nothing is allocated."""
+    run("qemu-img", "create", "-q", "-f", "qcow2", path, str(size))
+
+
+def tables_only(path: str, size: int) -> None:
+    """A qcow2 image with every cluster allocated and nothing in them: all tables, hardly any space."""
+    words = ("-q", "-f", "qcow2", "-o", "preallocation=metadata")
+    run("qemu-img", "create", *words, path, str(size), timeout=MAKE_TIMEOUT)
+
+
+def file_system(path: str, size: int) -> None:
+    """A sparse raw image with an ext4 file system full of this machine's own files. Needs no mount and no root.
+
+    The files are copied beside it first, since mke2fs fills a file system from one folder.
+    """
+    staging = path + ".files"
+    os.mkdir(staging)
+    try:
+        _gather(staging, int(size * FILL))
+        with open(path, "wb") as file:
+            file.truncate(size)
+        words = ("-q", "-F", "-t", "ext4", "-E", "nodiscard", "-d", staging, path)
+        run("mke2fs", *words, timeout=MAKE_TIMEOUT)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def warm(path: str) -> None:
+    """Reads the whole of a file, its data at least, into the page cache."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        size, at = os.fstat(fd).st_size, 0
+        buffer = bytearray(CHUNK)
+        while at < size:
+            try:
+                at = os.lseek(fd, at, os.SEEK_DATA)
+                end = os.lseek(fd, at, os.SEEK_HOLE)
+            except OSError:
+                return  # nothing but a hole from here on
+            while at < end:
+                at += os.preadv(fd, [buffer], at) or end
+    finally:
+        os.close(fd)
+
+
+def _gather(folder: str, wanted: int) -> None:
+    """Copies regular files until they hold ``wanted`` bytes or a little less; once more from the begin when there are
+    too few."""
+    found, lap = _Gathered(wanted), 0
+    while found.left > wanted // 20:
+        before = found.left
+        for tree in TREES:
+            found.take(tree, os.path.join(folder, f"{lap}{tree}"))
+        if found.left == before:
+            raise OSError(f"no files to fill an image with in {', '.join(TREES)}")
+        lap += 1
+
+
+class _Gathered:
+    """Copies files of any size until there are many, then only large ones."""
+
+    def __init__(self, wanted: int) -> None:
+        self.left, self.small = wanted, SMALL_FILES
+
+    def take(self, source: str, target: str) -> None:
+        for where, folders, names in os.walk(source):
+            folders.sort()
+            for name in sorted(names):
+                if self.left <= 0:
+                    return
+                self._file(os.path.join(where, name), target + where[len(source) :])
+
+    def _file(self, path: str, into: str) -> None:
+        try:
+            status = os.lstat(path)
+            small = status.st_size < LARGE_FILE
+            if not stat.S_ISREG(status.st_mode) or status.st_size > self.left or (small and self.small <= 0):
+                return
+            os.makedirs(into, exist_ok=True)
+            shutil.copyfile(path, os.path.join(into, os.path.basename(path)))
+        except PermissionError:
+            return
+        self.small -= small
+        # What it takes of the file system: whole blocks, and an inode of 256 bytes.
+        self.left -= -(-status.st_size // 4096) * 4096 + 256

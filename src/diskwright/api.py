@@ -1,0 +1,371 @@
+"""The library's front door: what programs that ``import diskwright`` call.
+
+Image names are file names, or mappings of options as ``core.graph.Graph.open`` takes them. Files that an
+image names (backing files, ...) are opened through ``gate``; the default admits only those in the
+image's own directory. All sizes and offsets are bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from diskwright.core.disk import Disk
+from diskwright.core.driver import CheckReport
+from diskwright.core.graph import Graph, Spec
+from diskwright.core.node import FormatNode, Node, below_filters, format_of
+from diskwright.core.permissions import ALL, READ, WRITE, Access
+from diskwright.errors import JobError
+
+if TYPE_CHECKING:
+    from diskwright.core.gate import Gate
+    from diskwright.exports.nbd import NbdServer
+    from diskwright.jobs.job import EventSink
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all), from a worker thread, some times a second."""
+
+GUEST = Access(READ | WRITE, ALL & ~WRITE)
+"""A guest that a job may follow, and nobody else may write beside."""
+
+
+def open(
+    image: Spec | os.PathLike[str],
+    *,
+    format: str | None = None,
+    writable: bool = False,
+    gate: Gate | None = None,
+    force_share: bool = False,
+    cache: str | None = None,
+) -> Disk:
+    """Opens an image as a ``Disk``; closing the disk closes everything that was opened for it.
+
+    ``format`` None means probe: for a raw disk that somebody else may write to, state it. ``cache`` is none,
+    writeback, writethrough, directsync or unsafe. Raises ImageError, OptionError or OSError.
+    """
+    graph = Graph(gate)
+    try:
+        node = graph.open(_spec(image), driver=format, writable=writable, force_share=force_share, cache=cache)
+        disk = graph.disk(node, GUEST if writable else None, owns_graph=True)
+        graph.release(node)
+        return disk
+    except BaseException:
+        graph.close()
+        raise
+
+
+def create(
+    filename: str | os.PathLike[str],
+    format: str = "raw",
+    size: int | str | None = None,
+    *,
+    gate: Gate | None = None,
+    **options: object,
+) -> None:
+    """Makes a new image; an existing file is overwritten, unless another process is using it (ImageLocked).
+
+    ``options`` are the format's, with underscores: ``cluster_size=65536``, ``backing_file="base.qcow2"``. Without
+    ``size`` it is that of the backing file.
+    """
+    from diskwright.core.create import create_image
+
+    if size is not None:
+        options["size"] = size
+    create_image(os.fspath(filename), format, options, gate=gate)
+
+
+def open_target(
+    graph: Graph,
+    filename: str,
+    size: int,
+    *,
+    format: str,
+    options: Mapping[str, object] | None = None,
+    existing: bool = False,
+    cache: str | None = None,
+) -> Node:
+    """The node a copy of ``size`` bytes is to be written to, held for the caller: a new image, or with ``existing`` one
+    that is there already."""
+    if not existing:
+        from diskwright.core.create import create_image
+
+        create_image(filename, format, {"size": size, **(options or {})}, gate=graph.gate)
+    return graph.open(filename, driver=format, writable=True, cache=cache)
+
+
+class Mirror:
+    """A mirror of a disk that is in use. Also a context manager: leaving it abandons a mirror that has not ended.
+
+    The job itself, with QMP's verbs and states, is ``job``.
+    """
+
+    def __init__(
+        self,
+        disk: Disk,
+        target: Node,
+        *,
+        target_is_new: bool = True,
+        id: str = "mirror",
+        on_event: EventSink | None = None,
+        **options: Any,
+    ) -> None:
+        """``options`` are those of ``jobs.mirror.Mirror``. ``target`` is released when this is closed."""
+        from diskwright.jobs import mirror
+
+        self._disk, self._graph, self.source, self.target = disk, disk.graph, disk.node, target
+        self._changed = threading.Condition()
+        self._on_event = on_event
+        self.job = mirror.Mirror(
+            id,
+            disk.graph,
+            below_filters(disk.node),
+            target,
+            target_is_zero=target_is_new,
+            on_event=self._event,
+            auto_dismiss=False,
+            **options,
+        )
+
+    def _event(self, name: str, data: dict[str, object]) -> None:
+        with self._changed:
+            self._changed.notify_all()
+        if self._on_event is not None:
+            self._on_event(name, data)
+
+    def start(self) -> Self:
+        self.job.start()
+        return self
+
+    @property
+    def ready(self) -> bool:
+        """Whether the target is in sync, so that ``finish`` takes a moment only."""
+        return self.job.ready
+
+    @property
+    def ended(self) -> bool:
+        return self.job.has_ended
+
+    def progress(self) -> tuple[int, int]:
+        """``(done, all)`` in bytes; equal when nothing is dirty."""
+        return self.job.progress()
+
+    def wait_ready(self, timeout: float | None = None) -> bool:
+        """Waits until the target is in sync; False when ``timeout`` seconds were not enough. Raises JobError."""
+        with self._changed:
+            done = self._changed.wait_for(lambda: self.ready or self.ended, timeout)
+        if self.ended:
+            self.job.result(0)
+        return done
+
+    def finish(self, *, pivot: bool = False, wait: bool = True) -> None:
+        """Ends a mirror that is ready: the target is then the source as it was at one moment. With ``pivot`` the
+        disk's users go on upon the target. Raises JobError when the mirror is not ready, or fails."""
+        if not self.ready:
+            self.job.result(0) if self.ended else None
+            raise JobError("The mirror is not ready yet: wait for it, or abandon it")
+        if pivot:
+            self.job.complete()
+        else:
+            self.job.cancel(force=False)
+        if wait:
+            self.result()
+
+    def abandon(self) -> None:
+        """Stops at once. The target is not a copy of anything then."""
+        if not self.job.has_ended:
+            self.job.cancel(force=True)
+            self.job.wait()
+
+    def result(self, timeout: float | None = None) -> None:
+        """Waits for the end. Raises JobError when the mirror failed or was abandoned."""
+        self.job.result(timeout)
+
+    def verify(self) -> int | None:
+        """Reads source and target again, both whole, and compares: None when equal, else the offset of the first
+        difference. Says something only while nobody writes to either."""
+        from diskwright.engine.compare import first_difference
+
+        return first_difference(self.source, self.target, self._graph.leases)
+
+    def close(self) -> None:
+        """Abandons a mirror that has not ended, and lets go of the target."""
+        if self.job.has_ended or self.job.state.value != "created":
+            self.abandon()
+        if self.target is not None:
+            self._graph.release(self.target)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def mirror(
+    disk: Disk,
+    target: str | os.PathLike[str] | Node,
+    *,
+    format: str | None = None,
+    options: Mapping[str, object] | None = None,
+    existing: bool = False,
+    on_event: EventSink | None = None,
+    **job: Any,
+) -> Mirror:
+    """Starts to mirror a disk in use. ``target`` is a new image's name (``format``: default the disk's own), an
+    existing image's with ``existing``, or an open node of the disk's graph.
+
+    ``job``: sync, granularity, buf_size, speed, copy_mode, on_source_error, on_target_error, unmap; see
+    ``jobs.mirror.Mirror``. Raises ImageError, OptionError or OSError.
+    """
+    if isinstance(target, Node):
+        node = target
+        disk.graph.hold(node)
+    else:
+        node = open_target(
+            disk.graph,
+            os.fspath(target),
+            disk.size,
+            format=format or below_filters(disk.node).driver_name,
+            options=options,
+            existing=existing,
+        )
+    try:
+        is_new = not existing and not isinstance(target, Node)
+        handle = Mirror(disk, node, target_is_new=is_new, on_event=on_event, **job)
+    except BaseException:
+        disk.graph.release(node)
+        raise
+    return handle.start()
+
+
+def convert(
+    source: Spec | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    source_format: str | None = None,
+    format: str = "raw",
+    options: Mapping[str, object] | None = None,
+    sparse: int = 4096,
+    gate: Gate | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Copies an image into a new one of ``format``, which is durable when this returns. ``progress`` is called with
+    (done, all) some times a second. A target that could not be completed is left as it is. Raises ImageError or
+    OSError."""
+    from diskwright.engine.convert import Conversion
+
+    graph = Graph(gate)
+    try:
+        node = graph.open(_spec(source), driver=source_format)
+        new = open_target(graph, os.fspath(target), node.size, format=format, options=options)
+        work = Conversion([node], new, graph.leases, target_is_zero=new.zero_init, sparse=sparse)
+        with _reporting(work.progress.snapshot, progress):
+            work.run()
+    finally:
+        graph.close()
+
+
+def compare(
+    left: Spec | os.PathLike[str],
+    right: Spec | os.PathLike[str],
+    *,
+    left_format: str | None = None,
+    right_format: str | None = None,
+    gate: Gate | None = None,
+) -> int | None:
+    """The offset of the first byte in which two images differ, or None. What one has beyond the other's end counts as
+    compared with zeros."""
+    from diskwright.engine.compare import beyond_is_zero, first_difference
+
+    graph = Graph(gate)
+    try:
+        a, b = graph.open(_spec(left), driver=left_format), graph.open(_spec(right), driver=right_format)
+        found = first_difference(a, b, graph.leases)
+        if found is None and a.size != b.size:
+            longer = a if a.size > b.size else b
+            found = beyond_is_zero(longer, graph.leases, min(a.size, b.size))
+        return found
+    finally:
+        graph.close()
+
+
+def check(
+    image: Spec | os.PathLike[str], *, format: str | None = None, repair: str = "none", gate: Gate | None = None
+) -> CheckReport:
+    """Looks for damage in an image's metadata; ``repair`` is none, leaks or all. Raises OSError with ENOTSUP for a
+    format that has nothing to check."""
+    graph = Graph(gate)
+    try:
+        node = graph.open(_spec(image), driver=format, writable=repair != "none", backing=False)
+        return format_of(node).check(repair)
+    finally:
+        graph.close()
+
+
+def info(image: Spec | os.PathLike[str], *, format: str | None = None, force_share: bool = False) -> dict[str, object]:
+    """What an image is: the facts of ``qemu-img info --output=json``, under the same names. Backing files are named,
+    not opened."""
+    from diskwright.core.gate import ClosedGate
+
+    graph = Graph(ClosedGate())
+    try:
+        node = graph.open(_spec(image), driver=format, force_share=force_share, backing=False)
+        facts: dict[str, object] = {
+            "filename": node.filename,
+            "format": node.driver_name,
+            "virtual-size": node.size,
+        }
+        if isinstance(node, FormatNode):
+            details = node.format.info()
+            facts["cluster-size"], facts["dirty-flag"] = details.cluster_size, details.dirty
+            if node.format.backing is not None:
+                facts["backing-filename"] = node.format.backing.filename
+                facts["backing-filename-format"] = node.format.backing.format
+            if details.specific is not None:
+                facts["format-specific"] = {"type": node.driver_name, "data": dict(details.specific)}
+        return {name: value for name, value in facts.items() if value is not None}
+    finally:
+        graph.close()
+
+
+def serve(disk: Disk, path: str | os.PathLike[str], *, name: str = "", read_only: bool = False) -> NbdServer:
+    """Serves a disk over NBD on the unix socket ``path``, until the server's ``close``."""
+    from diskwright.exports.nbd import NbdExport, NbdServer
+
+    server = NbdServer()
+    server.add_export(NbdExport(name, disk, read_only=read_only))
+    server.listen_unix(os.fspath(path))
+    server.start()
+    return server
+
+
+def _spec(image: Spec | os.PathLike[str]) -> Spec:
+    return image if isinstance(image, (str, Mapping)) else os.fspath(image)
+
+
+@contextmanager
+def _reporting(measure: Callable[[], tuple[int, int]], progress: Progress | None) -> Iterator[None]:
+    """Calls ``progress`` from a thread of its own, and once more at the end."""
+    if progress is None:
+        yield
+        return
+    over = threading.Event()
+
+    def report() -> None:
+        while not over.wait(0.25):
+            progress(*measure())
+
+    thread = threading.Thread(target=report, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        progress(*measure())

@@ -1,0 +1,1 @@
+"""Exports: disks served to others."""

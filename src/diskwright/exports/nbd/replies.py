@@ -1,0 +1,88 @@
+"""Replies: how each is laid out for a client, and getting all bytes of many of them out."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from typing import Final
+
+from diskwright.core.driver import FilePlace
+from diskwright.wire.nbd import constants as c
+
+IOV_MAX: Final = 1000
+"""Buffers handed to one sendmsg; the kernel takes 1024."""
+
+_ERROR: Final = c.ERROR_CHUNK
+_simple = c.SIMPLE_REPLY.pack
+_data_chunk = c.DATA_CHUNK.pack
+
+Buffers = list[bytes | memoryview]
+
+
+class Replies:
+    """Lays replies out, simple or structured, as agreed with one client."""
+
+    def __init__(self, structured: bool) -> None:
+        self.structured = structured
+
+    def done(self, cookie: int) -> bytes:
+        """A request without data has succeeded. Simple replies are allowed for these even when structured ones
+        are agreed."""
+        return _simple(c.SIMPLE_REPLY_MAGIC, 0, cookie)
+
+    def failed(self, cookie: int, error: int, is_read: bool) -> bytes:
+        """A request has failed with a wire error. A structured read's failure has to be a chunk."""
+        if self.structured and is_read:
+            return _ERROR.pack(c.CHUNK_MAGIC, c.CHUNK_DONE, c.CHUNK_ERROR, cookie, 6, error, 0)
+        return _simple(c.SIMPLE_REPLY_MAGIC, error, cookie)
+
+    def read_header(self, cookie: int, offset: int, length: int, last: bool = True) -> bytes:
+        """What goes before ``length`` bytes of data."""
+        if self.structured:
+            flags = c.CHUNK_DONE if last else 0
+            return _data_chunk(c.CHUNK_MAGIC, flags, c.CHUNK_OFFSET_DATA, cookie, 8 + length, offset)
+        return _simple(c.SIMPLE_REPLY_MAGIC, 0, cookie)
+
+    def hole(self, cookie: int, offset: int, length: int, last: bool) -> bytes:
+        flags = c.CHUNK_DONE if last else 0
+        return c.HOLE_CHUNK.pack(c.CHUNK_MAGIC, flags, c.CHUNK_OFFSET_HOLE, cookie, 12, offset, length)
+
+    def empty_read(self, cookie: int) -> bytes:
+        if self.structured:
+            return c.CHUNK.pack(c.CHUNK_MAGIC, c.CHUNK_DONE, c.CHUNK_NONE, cookie, 0)
+        return _simple(c.SIMPLE_REPLY_MAGIC, 0, cookie)
+
+    def status(self, cookie: int, runs: Sequence[tuple[int, int]]) -> bytes:
+        """``runs`` are (length, state flags) of base:allocation."""
+        head = c.STATUS_CHUNK.pack(
+            c.CHUNK_MAGIC, c.CHUNK_DONE, c.CHUNK_BLOCK_STATUS, cookie, 4 + 8 * len(runs), c.BASE_ALLOCATION_ID
+        )
+        return head + b"".join(c.DESCRIPTOR.pack(*run) for run in runs)
+
+
+def send_all(sock: socket.socket, buffers: Buffers) -> None:
+    """Sends every byte. Raises OSError when the client is gone."""
+    for first in range(0, len(buffers), IOV_MAX):
+        part = buffers[first : first + IOV_MAX]
+        sent = sock.sendmsg(part)
+        for buffer in part:
+            if sent >= len(buffer):
+                sent -= len(buffer)
+            else:
+                sock.sendall(memoryview(buffer)[sent:])
+                sent = 0
+
+
+def send_place(sock: socket.socket, header: bytes, place: FilePlace) -> None:
+    """Sends ``header`` and then the bytes of ``place`` without touching them. Raises OSError; also when the
+    file has become shorter, because what the header promised cannot be sent any more."""
+    out = sock.fileno()
+    sock.sendall(header, socket.MSG_MORE)
+    offset, left = place.offset, place.length
+    while left:
+        sent = os.sendfile(out, place.fd, offset, left)
+        if not sent:
+            raise ConnectionAbortedError("The image became shorter while it was read")
+        offset += sent
+        left -= sent

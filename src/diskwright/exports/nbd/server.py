@@ -1,0 +1,252 @@
+"""The NBD server: listens, shakes hands, and gives each client a thread."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import quote
+
+from diskwright.core.disk import Disk
+from diskwright.errors import GraphError, ProtocolError
+from diskwright.exports.nbd.connection import Connection
+from diskwright.units import KiB
+from diskwright.wire.nbd import constants as c
+from diskwright.wire.nbd.handshake import CLOSED, TRANSMISSION, ExportInfo, ServerHandshake
+
+_log: Final = logging.getLogger(__name__)
+
+HANDSHAKE_TIMEOUT: Final = 10.0
+"""Seconds a client may take to agree; a slow network needs one."""
+WORKERS: Final = 16
+"""Requests that wait for media at a time, over all clients: what a disk's own queue makes use of."""
+CLOSE_TIMEOUT: Final = 30.0
+"""Seconds clients have to take their last replies when the server closes."""
+_BACKLOG: Final = 128
+
+
+@dataclass(frozen=True)
+class NbdExport:
+    """A disk under a name."""
+
+    name: str
+    disk: Disk
+    description: str = ""
+    read_only: bool = False
+
+    def info(self) -> ExportInfo:
+        """What a client is told at this moment."""
+        flags = c.FLAG_HAS_FLAGS | c.FLAG_SEND_FLUSH | c.FLAG_CAN_MULTI_CONN | c.FLAG_SEND_CACHE
+        if self.read_only or self.disk.read_only:
+            flags |= c.FLAG_READ_ONLY
+        else:
+            flags |= c.FLAG_SEND_FUA | c.FLAG_SEND_TRIM | c.FLAG_SEND_WRITE_ZEROES | c.FLAG_SEND_FAST_ZERO
+        preferred = max(4 * KiB, min(self.disk.node.cluster_size, 64 * KiB))
+        return ExportInfo(self.disk.size, flags, self.description, 1, preferred)
+
+
+class NbdServer:
+    """Serves exports to many clients. ``start`` after at least one ``listen_...``; ``close`` ends everything."""
+
+    def __init__(self, *, max_connections: int = 64, handshake_timeout: float = HANDSHAKE_TIMEOUT) -> None:
+        self._max, self._timeout = max_connections, handshake_timeout
+        self._exports: dict[str, NbdExport] = {}
+        self._listeners: list[socket.socket] = []
+        self._unix_paths: list[tuple[str, int]] = []
+        self._lock = threading.Condition(threading.Lock())
+        self._clients: dict[socket.socket, threading.Thread] = {}
+        self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="nbd-worker")
+        self._acceptor: threading.Thread | None = None
+        self._wake, self._woken = os.pipe2(os.O_CLOEXEC)[::-1]
+        self._closing = False
+
+    # -- exports ---------------------------------------------------------------------------------
+
+    def add_export(self, export: NbdExport) -> None:
+        """Offers ``export`` from now on. Raises GraphError when the name is taken."""
+        with self._lock:
+            if export.name in self._exports:
+                raise GraphError(f"NBD server already has export named '{export.name}'")
+            self._exports[export.name] = export
+
+    def remove_export(self, name: str) -> None:
+        """New clients do not find it any more; those connected keep it."""
+        with self._lock:
+            if self._exports.pop(name, None) is None:
+                raise GraphError(f"Export '{name}' is not found")
+
+    # -- listening -------------------------------------------------------------------------------
+
+    def listen_unix(self, path: str) -> str:
+        """Listens on a unix socket; one left there by a server that died is replaced. Raises OSError."""
+        _remove_stale(path)
+        listener = socket.socket(socket.AF_UNIX)
+        try:
+            listener.bind(path)
+            listener.listen(_BACKLOG)
+        except OSError as error:
+            listener.close()
+            error.filename = error.filename or path
+            raise
+        self._listeners.append(listener)
+        self._unix_paths.append((path, os.stat(path).st_ino))
+        return path
+
+    def listen_tcp(self, host: str, port: int) -> tuple[str, int]:
+        """Listens on TCP; port 0 takes a free one. Returns the address. Raises OSError."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        except OSError as error:
+            error.filename = error.filename or f"{host}:{port}"
+            raise
+        self._listeners.append(listener)
+        address: tuple[str, int] = listener.getsockname()[:2]
+        return address
+
+    def uri(self, name: str = "") -> str:
+        """The NBD URI of an export at the first place listened on."""
+        listener = self._listeners[0]
+        if listener.family == socket.AF_UNIX:
+            return f"nbd+unix:///{quote(name)}?socket={quote(listener.getsockname(), safe='/')}"
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        return f"nbd://{shown}:{port}/{quote(name)}"
+
+    def start(self) -> None:
+        """Begins to accept clients."""
+        self._acceptor = threading.Thread(target=self._accept, name="nbd-accept", daemon=True)
+        self._acceptor.start()
+
+    def close(self, timeout: float = CLOSE_TIMEOUT) -> None:
+        """Stops: no new clients; requests that have been received are served and answered; then every connection
+        ends. A client that does not take its replies within ``timeout`` seconds is cut off."""
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+        os.write(self._wake, b"x")
+        if self._acceptor is not None:
+            self._acceptor.join()
+        for listener in self._listeners:
+            listener.close()
+        for path, inode in self._unix_paths:
+            _unlink_own(path, inode)
+        self._end_clients(timeout)
+        self._workers.shutdown()
+        os.close(self._wake)
+        os.close(self._woken)
+
+    def _end_clients(self, timeout: float) -> None:
+        with self._lock:
+            # Reading ends: what is in the buffers is still served.
+            for client in self._clients:
+                _shut(client, socket.SHUT_RD)
+            if not self._lock.wait_for(lambda: not self._clients, timeout):
+                for client in self._clients:
+                    _shut(client, socket.SHUT_RDWR)
+                self._lock.wait_for(lambda: not self._clients)
+
+    # -- clients ---------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        poller = select.poll()
+        by_fd = {listener.fileno(): listener for listener in self._listeners}
+        for fd in (*by_fd, self._woken):
+            poller.register(fd, select.POLLIN)
+        for listener in self._listeners:
+            listener.setblocking(False)
+        while not self._closing:
+            for fd, _ in poller.poll():
+                if fd in by_fd:
+                    self._take(by_fd[fd])
+
+    def _take(self, listener: socket.socket) -> None:
+        try:
+            client, _ = listener.accept()
+        except OSError as error:
+            # Gone again already, or no descriptors left: neither is a reason to stop serving the others.
+            _log.warning("Could not accept an NBD client: %s", error)
+            threading.Event().wait(0.01)
+            return
+        client.setblocking(True)
+        with self._lock:
+            if len(self._clients) >= self._max:
+                _log.warning("Refused an NBD client: %d are connected already", self._max)
+                client.close()
+                return
+            thread = threading.Thread(target=self._serve, args=(client,), name="nbd-client", daemon=True)
+            self._clients[client] = thread
+        thread.start()
+
+    def _serve(self, client: socket.socket) -> None:
+        try:
+            self._converse(client)
+        except (ProtocolError, OSError, GraphError) as error:
+            _log.info("An NBD client's connection ended: %s", error)
+        except Exception:
+            _log.exception("An NBD client's connection failed")
+        finally:
+            with self._lock:
+                del self._clients[client]
+                client.close()
+                self._lock.notify_all()
+
+    def _converse(self, client: socket.socket) -> None:
+        if client.family != socket.AF_UNIX:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with self._lock:
+            exports = dict(self._exports)
+        shake = ServerHandshake({name: export.info() for name, export in exports.items()})
+        client.settimeout(self._timeout)
+        client.sendall(shake.greeting())
+        while shake.state not in (TRANSMISSION, CLOSED):
+            data = client.recv(4096)
+            if not data:
+                return
+            answer = shake.feed(data)
+            if answer:
+                client.sendall(answer)
+        if shake.chosen is None:
+            return
+        client.settimeout(None)
+        export = exports[shake.chosen.name]
+        read_only = export.read_only or export.disk.read_only
+        Connection(client, export.disk, read_only, shake.chosen, self._workers).serve(shake.rest)
+
+
+def _shut(client: socket.socket, how: int) -> None:
+    try:
+        client.shutdown(how)
+    except OSError:
+        pass  # it has left by itself
+
+
+def _remove_stale(path: str) -> None:
+    """A socket nobody listens on is removed; anything else stays, and binding will say so."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return
+    except OSError:
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+        except OSError:
+            pass
+
+
+def _unlink_own(path: str, inode: int) -> None:
+    try:
+        if os.stat(path).st_ino == inode:
+            os.unlink(path)
+    except OSError:
+        pass

@@ -1,0 +1,449 @@
+"""Changing the map: reservations for writes, zeros and discards. In what order changes reach the file is told in
+``ordering``."""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+from diskwright.core.driver import Reservation
+from diskwright.core.leases import Leases
+from diskwright.core.node import Node
+from diskwright.core.tables import Generations
+from diskwright.errors import CorruptImage
+from diskwright.extents import DATA, Extent
+from diskwright.formats.qcow2.header import Header
+from diskwright.formats.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK, ZERO
+from diskwright.formats.qcow2.mapping import Mapping
+from diskwright.formats.qcow2.ordering import Ordering
+from diskwright.formats.qcow2.refcounts import Refcounts
+
+_MOST_CLUSTERS: Final = 65536
+"""Clusters one reservation covers at most, so that the lock is held for a few milliseconds at worst."""
+
+
+class _InPlace(Reservation):
+    """A write that needs no new place after all."""
+
+    def __init__(self, extent: Extent) -> None:
+        self.extents = (extent,)
+
+    def publish(self) -> None:
+        return
+
+    def abort(self) -> None:
+        return
+
+
+class _Placed(Reservation):
+    """Guest clusters ``first`` to ``last`` on their way to the host clusters from ``place`` on."""
+
+    def __init__(self, writer: Writer, first: int, last: int, place: int, *, kept: bool) -> None:
+        self._writer = writer
+        self.first, self.last, self.place = first, last, place
+        self.kept = kept
+        """The places were ready for these clusters, which read as zeros; they were not taken for this write."""
+
+    def publish(self) -> None:
+        self._writer.publish(self)
+
+    def abort(self) -> None:
+        self._writer.abort(self)
+
+
+class Writer(Ordering):
+    """The writing side of one open image. Thread-safe."""
+
+    def __init__(
+        self, file: Node, header: Header, mapping: Mapping, refcounts: Refcounts, leases: Leases, cache_bytes: int
+    ) -> None:
+        """Raises LimitExceeded when the snapshot table is too long."""
+        super().__init__(file, header, mapping, refcounts, leases, cache_bytes)
+        g = self.geometry
+        self.size = header.size
+        self.backed = True
+        """Whether clusters without an entry may read as something else than zeros."""
+        self._turn = threading.Condition(self.lock)
+        self._open: list[_Placed] = []  # reservations neither published nor aborted: few, one a writing thread
+        self._file_zero_init = file.zero_init
+        self._owned: set[int] = set()  # L1 entries whose L2 table is known to be ours alone
+        # Places proven to be writable: one array a slice, 0 where nothing is proven.
+        self._places = Generations(max(2, cache_bytes // (g.slice_bytes + 256)))
+        self._young = self._places.young.get
+        self._slice_shift = g.cluster_bits + g.slice_bits
+        self._index_mask = (1 << g.slice_bits) - 1
+
+    # -- places that can be written to as they are -------------------------------------------------
+
+    def in_place(self, offset: int, length: int) -> int:
+        """See ``Format.in_place``. No lock is taken when all clusters have been proven before."""
+        places = self._young(offset >> self._slice_shift)
+        if places is not None:
+            index = (offset >> self._cluster_bits) & self._index_mask
+            place = places[index]
+            if place:
+                inside = offset & self._cluster_mask
+                needed = inside + length
+                size = self._cluster_size
+                if needed <= size:
+                    return place + inside
+                expected = place
+                count = (needed + self._cluster_mask) >> self._cluster_bits
+                for found in places[index + 1 : index + count]:
+                    expected += size
+                    if found != expected:
+                        break
+                else:
+                    if index + count <= len(places):
+                        return place + inside
+        return self._prove(offset, length)
+
+    def _prove(self, offset: int, length: int) -> int:
+        """``in_place`` the long way, remembering what has been proven."""
+        first, last = offset >> self._cluster_bits, (offset + length - 1) >> self._cluster_bits
+        start = expected = 0
+        with self.lock:
+            for cluster in range(first, last + 1):
+                try:
+                    place = self._writable(cluster)
+                except CorruptImage:
+                    return -1  # reserving it will say what is wrong
+                if not place or (expected and place != expected):
+                    return -1
+                start = start or place
+                expected = place + self._cluster_size
+        return start + (offset & self._cluster_mask)
+
+    def _writable(self, cluster: int) -> int:
+        """Where a guest cluster may be overwritten, or 0. Raises CorruptImage when the place it has is not its own
+        to write to, by the refcounts or because metadata lies there."""
+        number, index = cluster >> self.geometry.slice_bits, cluster & self._index_mask
+        places = self._places.get(number)
+        if places is not None and places[index]:
+            return places[index]
+        items = self.map.load(number)
+        if items is None:
+            return 0
+        entry = items[index]
+        if not entry & COPIED or entry & (COMPRESSED | ZERO):
+            return 0
+        place = entry & OFFSET_MASK
+        if not place:
+            return 0
+        self.map.check_entry(cluster, entry)
+        if not self._exclusive(cluster, place):
+            return 0
+        self._places_of(number)[index] = place
+        return place
+
+    def _places_of(self, number: int) -> array[int]:
+        places = self._places.get(number)
+        if places is None:
+            places = array("Q", bytes(self.geometry.slice_bytes))
+            self._places.set(number, places)
+        return places
+
+    def _exclusive(self, cluster: int, place: int) -> bool:
+        """Whether only guest cluster ``cluster`` uses the host cluster at ``place``. Raises CorruptImage."""
+        host = place >> self._cluster_bits
+        count = self.refcounts.get(host)
+        if count == 0:
+            self._refuse(cluster, place, "the refcount of that host cluster is 0")
+        if self.metadata.contains(host, 1):
+            self._refuse(cluster, place, "metadata lies in that host cluster")
+        return count == 1
+
+    def _refuse(self, cluster: int, place: int, why: str) -> None:
+        raise CorruptImage(
+            self.path, f"place of guest offset {cluster << self._cluster_bits:#x}", f"{place:#x}", None,
+            f"{why}; repair the image before writing to it",
+        )  # fmt: skip
+
+    # -- reservations ------------------------------------------------------------------------------
+
+    def reserve(self, offset: int, length: int) -> Reservation:
+        """See ``Format.reserve``. Covers one run of host clusters within one slice of an L2 table."""
+        first = offset >> self._cluster_bits
+        last = min((offset + length - 1) >> self._cluster_bits, first | self._index_mask, first + _MOST_CLUSTERS - 1)
+        return self.growing(lambda: self._reserve(offset, length, first, last))
+
+    def _reserve(self, offset: int, length: int, first: int, last: int) -> Reservation:
+        last = self._await_turn(first, last)
+        bits, size = self._cluster_bits, self._cluster_size
+        place = self._writable(first)
+        if place:
+            end = first + 1
+            while end <= last and self._writable(end) == place + ((end - first) << bits):
+                end += 1
+            inside = offset & self._cluster_mask
+            covered = min(length, ((end - first) << bits) - inside)
+            return _InPlace(Extent(offset, covered, DATA, place + inside))
+        number = first >> self.geometry.slice_bits
+        items = self._own_table(first)
+        index = first & self._index_mask
+        entries = items[index : index + last - first + 1]
+        place = self._ready_place(first, entries[0])
+        kept, before, count = bool(place), self._fresh, 1
+        if kept:
+            while count < len(entries) and self._ready_place(first + count, entries[count]) == place + count * size:
+                count += 1
+        else:
+            host, count = self._allocate(self._count_new(first, entries))
+            place = host << bits
+        self.map.l2.pin(number)
+        placed = _Placed(self, first, first + count - 1, place, kept=kept)
+        placed.zeroed = not kept and place >> bits >= before and self._file_zero_init
+        self._describe(placed, offset, length)
+        self._open.append(placed)
+        return placed
+
+    def _describe(self, placed: _Placed, offset: int, length: int) -> None:
+        """Which of its bytes the write fills, and which the caller must."""
+        start, end = placed.first << self._cluster_bits, (placed.last + 1) << self._cluster_bits
+        shift = placed.place - start
+        stop = min(offset + length, end)
+        placed.extents = (Extent(offset, stop - offset, DATA, offset + shift),)
+        fills = []
+        if offset > start:
+            fills.append(Extent(start, offset - start, DATA, placed.place))
+        if stop < end:
+            fills.append(Extent(stop, end - stop, DATA, stop + shift))
+        placed.fills = fills
+
+    def _await_turn(self, first: int, last: int) -> int:
+        """Waits until no open reservation has cluster ``first``; returns ``last``, or the cluster before the next
+        that is reserved."""
+        while True:
+            for other in self._open:
+                if other.first <= first <= other.last:
+                    break
+                if first < other.first <= last:
+                    last = other.first - 1
+            else:
+                return last
+            self._turn.wait()
+
+    def _ready_place(self, cluster: int, entry: int) -> int:
+        """Where space is kept ready for a cluster that reads as zeros, or 0."""
+        if entry & (COPIED | COMPRESSED | ZERO) != COPIED | ZERO or not entry & OFFSET_MASK:
+            return 0
+        self.map.check_entry(cluster, entry)
+        place = entry & OFFSET_MASK
+        return place if self._exclusive(cluster, place) else 0
+
+    def _count_new(self, first: int, entries: array[int]) -> int:
+        """How many clusters, the first one included, need a new place. Raises CorruptImage for old places that are
+        counted as free: they might be taken while the caller still copies from them."""
+        if not any(entries):
+            return len(entries)
+        self._check_counted(first, entries[0])
+        count = 1
+        for entry in entries[1:]:
+            if entry & COPIED:
+                break
+            if entry > ZERO:
+                self._check_counted(first + count, entry)
+            count += 1
+        return count
+
+    def _check_counted(self, cluster: int, entry: int) -> None:
+        if not entry & COMPRESSED:
+            self.map.check_entry(cluster, entry)
+        for host, count in self._host_runs((entry,)):
+            for each in range(host, host + count):
+                if not self.refcounts.get(each):
+                    self._refuse(cluster, each << self._cluster_bits, "the refcount of that host cluster is 0")
+
+    def publish(self, placed: _Placed) -> None:
+        """Puts a reservation's places on the map."""
+        with self.lock:
+            bits, size = self.geometry.slice_bits, self._cluster_size
+            number, low = placed.first >> bits, placed.first & self._index_mask
+            high = placed.last & self._index_mask
+            items = self.map.l2.edit(number)
+            assert items is not None, "pinned by the reservation"
+            old = items[low : high + 1]
+            start, stop = placed.place, placed.place + len(old) * size
+            items[low : high + 1] = array("Q", range(start | COPIED, stop | COPIED, size))
+            self.map.l2.mark(number, low, high)
+            self._places_of(number)[low : high + 1] = array("Q", range(start, stop, size))
+            if not placed.kept and any(old):
+                self._give_up(old, unmap=False)
+            self._close(placed)
+            overdue = self._overdue()
+        if overdue:
+            self.checkpoint()
+
+    def abort(self, placed: _Placed) -> None:
+        """Gives a reservation's places back, or leaks them when even that fails."""
+        with self.lock:
+            self._close(placed)
+            if placed.kept:
+                return
+            with suppress(Exception):  # what cannot be given back is leaked, and check will find it
+                self.refcounts.release([(placed.place >> self._cluster_bits, placed.last - placed.first + 1)])
+
+    def _close(self, placed: _Placed) -> None:
+        self._open.remove(placed)
+        self.map.l2.unpin(placed.first >> self.geometry.slice_bits)
+        self._turn.notify_all()
+
+    # -- L2 tables -----------------------------------------------------------------------------------
+
+    def _own_table(self, cluster: int) -> array[int]:
+        """The slice of guest cluster ``cluster``, to be changed, in an L2 table that is the active disk's alone."""
+        number = cluster >> self.geometry.slice_bits
+        index = cluster >> self.geometry.l2_bits
+        if index not in self._owned:
+            table = self.map.l1[index] & OFFSET_MASK
+            if not table:
+                self._new_table(index)
+            else:
+                self.map.load(number)  # for its checks
+                host = table >> self._cluster_bits
+                count = self.refcounts.get(host)
+                if not count or self.metadata.conflicts(host):
+                    raise CorruptImage(
+                        self.path, f"L1 entry {index}", f"{self.map.l1[index]:#x}", self.map.l1_offset + index * 8,
+                        "other metadata lies there too, or its refcount is 0; repair the image before writing to it",
+                    )  # fmt: skip
+                if count > 1 or not self.map.l1[index] & COPIED:
+                    self._copy_table(index)
+            self._owned.add(index)
+        items = self.map.l2.edit(number)
+        assert items is not None, "there is a table now"
+        return items
+
+    def _slices_of(self, index: int) -> range:
+        per_table = 1 << (self.geometry.l2_bits - self.geometry.slice_bits)
+        return range(index * per_table, (index + 1) * per_table)
+
+    def _new_table(self, index: int) -> None:
+        host, _ = self._allocate(1)
+        for number in self._slices_of(index):
+            self.map.l2.put(number)
+        self._set_l1(index, host, COPIED)
+
+    def _copy_table(self, index: int) -> None:
+        """A table that a snapshot shares is copied before it is changed."""
+        old = (self.map.l1[index] & OFFSET_MASK) >> self._cluster_bits
+        for number in self._slices_of(index):
+            self.map.l2.edit(number)
+        host, _ = self._allocate(1)
+        for number in self._slices_of(index):
+            self.map.l2.mark_all(number)
+        self._set_l1(index, host, COPIED)
+        self.metadata.remove(old)
+        self._give_up_runs([(old, 1)], unmap=False)
+
+    # -- zeros and discards --------------------------------------------------------------------------
+
+    def zero(self, offset: int, length: int, *, unmap: bool) -> tuple[int, int]:
+        """See ``Format.zero``. Version 2 cannot say zero without saying unallocated, so there it covers nothing."""
+        first, end = self._whole_clusters(offset, length)
+        if self.header.version < 3 or first >= end:
+            return offset, 0
+        end = min(end, (first | self._index_mask) + 1)
+        overdue = self.growing(lambda: self._zero(first, end, unmap))
+        if overdue:
+            self.checkpoint()
+        start = first << self._cluster_bits
+        return start, min(end << self._cluster_bits, offset + length) - start
+
+    def discard(self, offset: int, length: int) -> None:
+        """See ``Format.discard``: zeros, and in version 2 nothing allocated, or no change where that would show
+        what the backing file has there."""
+        first, stop = self._whole_clusters(offset, length)
+        if self.header.version < 3 and self.header.backing_file:
+            return
+        while first < stop:
+            if not self.map.l1[first >> self.geometry.l2_bits] & OFFSET_MASK:
+                first = ((first >> self.geometry.l2_bits) + 1) << self.geometry.l2_bits
+                continue
+            end = min(stop, (first | self._index_mask) + 1)
+            if self.growing(lambda first=first, end=end: self._discard(first, end)):  # type: ignore[misc]
+                self.checkpoint()
+            first = end
+
+    def _whole_clusters(self, offset: int, length: int) -> tuple[int, int]:
+        """``(first, end)`` of the guest clusters wholly within a range; the disk's last one counts as whole."""
+        first = (offset + self._cluster_mask) >> self._cluster_bits
+        end = offset + length
+        return first, (end + self._cluster_mask if end >= self.size else end) >> self._cluster_bits
+
+    def _zero(self, first: int, end: int, unmap: bool) -> bool:
+        def zeroed(entry: int) -> int:
+            if entry & COMPRESSED:
+                return ZERO
+            if not entry & OFFSET_MASK:
+                return ZERO if entry & ZERO or self.backed else 0
+            return ZERO if unmap or not entry & COPIED else entry | ZERO
+
+        return self._change(first, end, zeroed, unmap)
+
+    def _discard(self, first: int, end: int) -> bool:
+        gone = ZERO if self.header.version >= 3 else 0
+
+        def discarded(entry: int) -> int:
+            return gone if entry & COMPRESSED or entry & OFFSET_MASK else entry
+
+        return self._change(first, end, discarded, True)
+
+    def _change(self, first: int, end: int, new: Callable[[int], int], unmap: bool) -> bool:
+        """Gives guest clusters of one slice the entries ``new`` makes of their old ones. Tells whether changed
+        tables are overdue to be written."""
+        while any(other.first < end and other.last >= first for other in self._open):
+            self._turn.wait()
+        low, high = first & self._index_mask, (end - 1) & self._index_mask
+        items = self.map.load(first >> self.geometry.slice_bits)
+        old = array("Q", bytes(8 * (end - first))) if items is None else items[low : high + 1]
+        results = {entry: new(entry) for entry in set(old)}
+        if all(entry == result for entry, result in results.items()):
+            return False
+        for cluster, entry in zip(range(first, end), old, strict=True):
+            if entry > ZERO and not entry & COMPRESSED:
+                self.map.check_entry(cluster, entry)
+        items = self._own_table(first)
+        number = first >> self.geometry.slice_bits
+        items[low : high + 1] = array("Q", [results[entry] for entry in old])
+        self.map.l2.mark(number, low, high)
+        places = self._places.peek(number)
+        if places is not None:
+            places[low : high + 1] = array("Q", bytes(8 * len(old)))
+        self._give_up((entry for entry in old if not _same_place(entry, results[entry])), unmap=unmap)
+        return self._overdue()
+
+    def unmap(self, first: int, end: int) -> None:
+        """Takes guest clusters of one slice off the map. For a disk that changes its size."""
+        if self.growing(lambda: self._change(first, end, lambda entry: 0, True)):
+            self.checkpoint()
+
+    def drop_tables(self, first: int) -> None:
+        """Takes the L2 tables from L1 entry ``first`` on, which map nothing any more, off the L1 table."""
+        with self.lock:
+            for index in range(first, len(self.map.l1)):
+                table = self.map.l1[index] & OFFSET_MASK
+                if table:
+                    for number in self._slices_of(index):
+                        self.map.l2.drop(number)
+                    self._set_l1(index, 0, 0)
+                    self._owned.discard(index)
+                    self.metadata.remove(table >> self._cluster_bits)
+                    self._give_up_runs([(table >> self._cluster_bits, 1)], unmap=True)
+
+    def drop_blocks(self) -> None:
+        """Takes refcount blocks that have become empty off the refcount table."""
+        with self.flush_lock, self.lock:
+            for host in self.refcounts.drop_empty_blocks():
+                self.metadata.remove(host)
+                self._give_up_runs([(host, 1)], unmap=False)
+
+
+def _same_place(old: int, new: int) -> bool:
+    """Whether what ``old`` refers to is still referred to by ``new``."""
+    if old & COMPRESSED:
+        return old == new
+    return old & OFFSET_MASK == new & OFFSET_MASK

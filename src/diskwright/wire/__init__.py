@@ -1,0 +1,1 @@
+"""Protocols as pure functions of bytes: no sockets, no threads."""

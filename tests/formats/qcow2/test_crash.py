@@ -1,0 +1,178 @@
+"""Crashes: whatever part of the unflushed writes reached the medium, the image is sound and flushed data is there."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.formats.qcow2.support import Change, Image, Tape, apply, checked, contents, created, needs_qemu, qemu, qemu_check
+
+SECTOR = 512
+
+
+class Guest:
+    """What a guest did, and what its sectors may hold after a crash at any point of the tape."""
+
+    def __init__(self, disk: bytes) -> None:
+        self.now = bytearray(disk)
+        self.history: list[tuple[int, int, bytes]] = []  # (tape position when it began, offset, new bytes)
+        self.flushed: list[tuple[int, int, bytes]] = [(0, 0, bytes(disk))]  # (position, history length, disk)
+
+    def does(self, position: int, offset: int, data: bytes) -> None:
+        self.history.append((position, offset, data))
+        self.now[offset : offset + len(data)] = data
+
+    def has_flushed(self, position: int) -> None:
+        self.flushed.append((position, len(self.history), bytes(self.now)))
+
+    def check(self, position: int, found: bytes) -> None:
+        """``found`` is the disk after a crash when the tape was ``position`` long."""
+        _, done, durable = next(entry for entry in reversed(self.flushed) if entry[0] <= position)
+        allowed: dict[int, list[bytes]] = {}
+        for _, offset, data in self.history[done:]:
+            for at in range(0, len(data), SECTOR):
+                allowed.setdefault(offset + at, []).append(data[at : at + SECTOR])
+        for at in range(0, len(durable), SECTOR):
+            sector = found[at : at + SECTOR]
+            if sector != durable[at : at + SECTOR]:
+                assert sector in allowed.get(at, []), f"sector at {at} was lost in a crash at {position}"
+
+
+def after_crash(start: bytes, changes: list[Change], position: int, chance: random.Random) -> bytes:
+    """What the medium may hold: all up to the last flush, and of the rest any sectors."""
+    flush = max((i for i in range(position) if changes[i][0] == "flush"), default=0)
+    data = bytearray(start)
+    for change in changes[:flush]:
+        apply(data, change)
+    for change in changes[flush:position]:
+        kind, offset, piece = change
+        fate = chance.random()
+        if kind != "write" or fate < 0.4:
+            apply(data, change)
+        elif fate < 0.7:
+            for at in range(0, len(piece), SECTOR):
+                if chance.random() < 0.5:
+                    apply(data, (kind, offset + at, piece[at : at + SECTOR]))
+    return bytes(data)
+
+
+def play(tape: Tape, chance: random.Random, steps: int, *, grow: bool = False) -> Guest:
+    """A guest writes, zeros, discards and flushes."""
+    with Image(tape) as image:
+        disk = image.disk
+        cluster = image.format.cluster_size
+        guest = Guest(disk.pread(0, disk.size))
+        for _ in range(steps):
+            sectors = disk.size // SECTOR
+            offset = chance.randrange(sectors) * SECTOR
+            length = min(disk.size - offset, chance.choice((1, 2, 3, cluster // SECTOR, 2 * cluster // SECTOR + 1)) * SECTOR)
+            action, position = chance.random(), len(tape.changes)
+            if action < 0.5:
+                data = chance.randbytes(length)
+                guest.does(position, offset, data)
+                disk.pwrite(offset, data)
+            elif action < 0.65:
+                guest.does(position, offset, bytes(length))
+                disk.zero(offset, length, unmap=chance.random() < 0.5)
+            elif action < 0.8:
+                disk.trim(offset, length)
+                # A discarded sector holds zeros or what it held; which, is seen by looking.
+                guest.does(position, offset, disk.pread(offset, length))
+            elif action < 0.83 and grow:
+                image.node.resize(disk.size + chance.randrange(1, 4) * cluster + SECTOR)
+                guest.now.extend(bytes(disk.size - len(guest.now)))
+            else:
+                disk.flush()
+                guest.has_flushed(len(tape.changes))
+        image.node.flush()
+    return guest
+
+
+def crash_everywhere(start: bytes, tape: Tape, guest: Guest, chance: random.Random, sample: Path | None) -> None:
+    changes = tape.changes
+    for position in range(len(changes) + 1):
+        data = after_crash(start, changes, position, chance)
+        report = checked(data)
+        assert not report.corruptions and not report.check_errors, (position, report.messages)
+        guest.check(position, contents(data))
+        if sample is not None and position % 40 == 7:
+            sample.write_bytes(data)
+            assert not qemu_check(sample)["corruptions"], position
+    after = checked(bytes(tape.data))
+    assert (after.corruptions, after.leaks) == (0, 0), after.messages
+
+
+CASES = {
+    "512": dict(size=96 << 10, cluster_size=512),
+    "512 without room in the refcount table": dict(size=9 << 20, cluster_size=512),
+    "4k": dict(size=512 << 10, cluster_size=4096),
+    "4k version 2": dict(size=512 << 10, cluster_size=4096, compat="0.10"),
+    "4k refcounts of a bit": dict(size=512 << 10, cluster_size=4096, refcount_bits=1),
+    "64k": dict(size=2 << 20, cluster_size=65536),
+}
+
+
+@needs_qemu
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("seed", range(3))
+def test_crash_anywhere(case: str, seed: int, tmp_path: Path) -> None:
+    chance = random.Random(f"{case} {seed}")
+    start = created(**CASES[case])
+    tape = Tape(start)
+    guest = play(tape, chance, 60 if "room" not in case else 25)
+    crash_everywhere(start, tape, guest, chance, tmp_path / "crashed.qcow2")
+    assert contents(bytes(tape.data)) == guest.now
+
+
+@needs_qemu
+@pytest.mark.parametrize("seed", range(3))
+def test_crash_with_snapshots_and_compressed_clusters(seed: int, tmp_path: Path) -> None:
+    chance = random.Random(seed)
+    raw, path = tmp_path / "source.raw", tmp_path / "image.qcow2"
+    raw.write_bytes(bytes(chance.choice(b"ab") for _ in range(200 << 10)) + chance.randbytes(56 << 10) + bytes(256 << 10))
+    qemu("qemu-img", "convert", "-c", "-O", "qcow2", "-o", "cluster_size=4096", raw, path)
+    qemu("qemu-io", "-c", "write -P 3 64k 64k", path)
+    qemu("qemu-img", "snapshot", "-c", "one", path)
+    qemu("qemu-io", "-c", "write -P 4 80k 10k", path)
+    start = path.read_bytes()
+    tape = Tape(start)
+    guest = play(tape, chance, 60)
+    crash_everywhere(start, tape, guest, chance, path)
+    path.write_bytes(bytes(tape.data))
+    qemu("qemu-img", "snapshot", "-a", "one", path)
+    expected = bytearray(raw.read_bytes())
+    expected[64 << 10 : 128 << 10] = b"\3" * (64 << 10)
+    assert contents(path.read_bytes()) == expected, "the snapshot must not have changed"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_crash_while_growing(seed: int) -> None:
+    chance = random.Random(seed)
+    start = created(size=40 << 10, cluster_size=512)
+    tape = Tape(start)
+    play(tape, chance, 60, grow=True)
+    for position in range(len(tape.changes) + 1):
+        data = after_crash(start, tape.changes, position, chance)
+        report = checked(data)
+        assert not report.corruptions and not report.check_errors, (position, report.messages)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_crash_while_shrinking(seed: int) -> None:
+    chance = random.Random(seed)
+    tape = Tape(created(size=256 << 10, cluster_size=512))
+    with Image(tape) as image:
+        image.disk.pwrite(0, chance.randbytes(256 << 10))
+        before = image.disk.pread(0, 100 << 10)
+    start = bytes(tape.data)
+    tape.changes.clear()
+    with Image(tape) as image:
+        image.node.resize(100 << 10)
+    assert len(tape.data) < len(start), "the file must have shrunk too"
+    for position in range(len(tape.changes) + 1):
+        data = after_crash(start, tape.changes, position, chance)
+        report = checked(data)
+        assert not report.corruptions and not report.check_errors, (position, report.messages)
+        assert contents(data)[: 100 << 10] == before
