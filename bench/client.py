@@ -42,6 +42,10 @@ class ServerError(Exception):
     """The server broke the protocol, refused, or failed a request."""
 
 
+class ServerGone(ServerError):
+    """The server closed the connection."""
+
+
 class Connection:
     """A negotiated connection. ``size`` is the export's, in bytes; ``structured`` says whether replies are.
 
@@ -65,13 +69,13 @@ class Connection:
             raise
 
     def exactly(self, count: int) -> bytes:
-        """Receives ``count`` bytes. Raises ServerError when the connection ends before."""
+        """Receives ``count`` bytes. Raises ServerGone when the connection ends before."""
         data = bytearray(count)
         into, got = memoryview(data), 0
         while got < count:
             received = self.socket.recv_into(into[got:])
             if not received:
-                raise ServerError("the server closed the connection")
+                raise ServerGone("the server closed the connection")
             got += received
         return bytes(data)
 

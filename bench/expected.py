@@ -61,7 +61,8 @@ class Expected:
                 self._compare(connection, pick.randrange((self.size - length) // 512) * 512, length)
             if not writable:
                 return
-            blocks = [pick.randrange(self.size // BLOCK) for _ in range(SAMPLES)]
+            # Each block once: a second write of the same bytes would hide that the first was lost.
+            blocks = pick.sample(range(self.size // BLOCK), min(SAMPLES, self.size // BLOCK))
             for number in blocks:
                 connection.request(WRITE, number * BLOCK, BLOCK, PAYLOAD)
                 self._written[number] = 1

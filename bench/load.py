@@ -25,6 +25,7 @@ from bench.client import (
     WRITE,
     Connection,
     ServerError,
+    ServerGone,
 )
 
 MAX_DEPTH: Final = 256
@@ -125,7 +126,7 @@ class SimpleCounter:
     def receive(self, connection: Connection) -> int:
         got = connection.socket.recv_into(self._view)
         if not got:
-            raise ServerError("the server closed the connection")
+            raise ServerGone("the server closed the connection")
         stride, part = self._stride, self._part
         # The last byte of each magic, and of each error: numbers of errors in NBD are below 256.
         magics = self._buffer[(3 - part) % stride : got : stride]
@@ -148,7 +149,7 @@ class ChunkCounter:
     def receive(self, connection: Connection) -> int:
         got = connection.socket.recv_into(self._view[self._have :])
         if not got:
-            raise ServerError("the server closed the connection")
+            raise ServerGone("the server closed the connection")
         end, at, done = self._have + got, self._skip, 0
         buffer, unpack = self._buffer, CHUNK.unpack_from
         while end - at >= CHUNK.size:

@@ -18,6 +18,7 @@ from bench.client import (
     WRITE,
     Connection,
     ServerError,
+    ServerGone,
     connect_when_there,
 )
 from bench.load import BLOCK, PAYLOAD
@@ -53,7 +54,7 @@ class PacedOutcome:
         found = [late for due, late in zip(self.due, self.latency, strict=True) if start <= due < end]
         if len(found) < 2 or end <= start:
             return 0.0, 0.0, 0.0
-        return len(found) / (end - start), statistics.quantiles(found, n=100)[98], max(found)
+        return len(found) / (end - start), statistics.quantiles(found, n=100, method="inclusive")[98], max(found)
 
 
 def drive_paced(pipe: Pipe, path: str, paced: Paced) -> None:
@@ -98,7 +99,7 @@ def _drive(pipe: Pipe, connection: Connection, paced: Paced) -> PacedOutcome:
                 told = True
             if connection.socket.fileno() in readable:
                 received = _take(received + connection.socket.recv(1 << 16), flying, result)
-    except (ConnectionError, ServerError):
+    except (ConnectionError, ServerGone):
         if not paced.may_close or told:
             raise
     pipe.recv()  # the word to stop is still to come
@@ -108,7 +109,7 @@ def _drive(pipe: Pipe, connection: Connection, paced: Paced) -> PacedOutcome:
 def _take(data: bytes, flying: dict[int, float], result: PacedOutcome) -> bytes:
     """Notes the replies in ``data`` and returns what is left of it."""
     if not data:
-        raise ServerError("the server closed the connection")
+        raise ServerGone("the server closed the connection")
     now = time.monotonic()
     whole = len(data) - len(data) % SIMPLE.size
     for magic, error, cookie in SIMPLE.iter_unpack(data[:whole]):

@@ -20,7 +20,7 @@ LEAD: Final = 0.02
 """Seconds between the word to start and the start, for the word to reach every process."""
 PATIENCE: Final = 120.0
 """Seconds a process may take for an answer beyond what it was asked to run for."""
-_RINGS_KEPT: Final = 4
+_RINGS_KEPT: Final = 2
 
 
 class LoadFailed(Exception):
@@ -78,7 +78,7 @@ class Pool:
         self._workers.clear()
 
     def run(self, path: str, work: Workload, connections: int, *, warm_up: float, seconds: float) -> Turn:
-        """Connects ``connections`` times to the socket ``path``, warms up, then measures ``seconds``. Raises LoadFailed."""
+        """Connects ``connections`` times to the socket ``path``, warms up, measures ``seconds``. Raises LoadFailed."""
         workers = self._workers[:connections]
         for lane, worker in enumerate(workers):
             worker.pipe.send(("load", path, replace(work, lane=lane, lanes=connections)))
@@ -113,7 +113,7 @@ class Pool:
                 raise LoadFailed("a load generator process does not answer")
             try:
                 good, answer = worker.pipe.recv()
-            except EOFError:
+            except (EOFError, ConnectionError):
                 raise LoadFailed("a load generator process ended") from None
             answers.append(answer)
             failure = failure if good else str(answer)
@@ -130,21 +130,26 @@ class Pool:
 def _work(pipe: Pipe) -> None:
     """A load generator process: does what it is told until the pipe closes."""
     rings: dict[Workload, Ring] = {}
-    while True:
-        try:
+    try:
+        while True:
             task = pipe.recv()
             if task is None:
                 pipe.send((True, "idle"))
-                continue
-            what, path, given = task
-            if what == "load":
-                _load(pipe, path, given, rings)
-            else:
-                drive_paced(pipe, path, given)
-        except (EOFError, BrokenPipeError, KeyboardInterrupt):
-            return
-        except (OSError, ServerError) as error:
-            pipe.send((False, f"{type(error).__name__}: {error}"))
+            elif task != "stop":  # else the load has failed meanwhile, and said so
+                try:
+                    _do(pipe, task, rings)
+                except (OSError, ServerError) as error:
+                    pipe.send((False, f"{type(error).__name__}: {error}"))
+    except (EOFError, OSError, KeyboardInterrupt):
+        return  # nobody is at the other end any more
+
+
+def _do(pipe: Pipe, task: tuple[str, str, Any], rings: dict[Workload, Ring]) -> None:
+    what, path, given = task
+    if what == "load":
+        _load(pipe, path, given, rings)
+    else:
+        drive_paced(pipe, path, given)
 
 
 def _load(pipe: Pipe, path: str, work: Workload, rings: dict[Workload, Ring]) -> None:

@@ -13,6 +13,7 @@ import pytest
 from tests import leaks
 from tests.peers import MissingPeer, find
 from tests.peers.process import short_folder
+from tools import setup
 
 IN_CI = os.environ.get("CI", "") not in ("", "0", "false")
 LONG = os.environ.get("DISKWRIGHT_LONG", "") not in ("", "0")
@@ -25,7 +26,11 @@ hypothesis.settings.load_profile("long" if LONG else "default")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Marks this process's environment, which every process that a test starts inherits."""
+    """Refuses to start in CI without all peers, since a test may skip by itself for want of one."""
+    missing = setup.missing_packages(setup.NEEDS["test"]) if IN_CI else []
+    if missing:
+        raise pytest.UsageError(f"CI without {', '.join(missing)}: run tools/setup.py test")
+    # Marks this process's environment, which every process that a test starts inherits.
     config.stash[leaks.SESSION] = leaks.Session()
 
 

@@ -163,7 +163,8 @@ class Mirror:
 
     def finish(self, *, pivot: bool = False, wait: bool = True) -> None:
         """Ends a mirror that is ready: the target is then the source as it was at one moment. With ``pivot`` the
-        disk's users go on upon the target. Raises JobError when the mirror is not ready, or fails."""
+        disk's users go on upon the target. Without ``wait`` it only asks for that. Raises JobError when the mirror is
+        not ready, or fails."""
         if not self.ready:
             self.job.result(0) if self.ended else None
             raise JobError("The mirror is not ready yet: wait for it, or abandon it")
@@ -195,8 +196,12 @@ class Mirror:
         """Abandons a mirror that has not ended, and lets go of the target."""
         if self.job.has_ended or self.job.state.value != "created":
             self.abandon()
-        if self.target is not None:
+        try:
             self._graph.release(self.target)
+        except OSError:
+            # A target that has failed may fail once more when it is closed; that is not news.
+            if self.job.error is None:
+                raise
 
     def __enter__(self) -> Self:
         return self

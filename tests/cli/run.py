@@ -55,15 +55,15 @@ def _run(command: list[str], program: str, cwd: Path, more: dict[str, object]) -
         cwd=cwd,
         env=environment(),
         capture_output=True,
-        text=True,
-        errors="surrogateescape",
         timeout=TIMEOUT,
         check=False,
         stdin=subprocess.DEVNULL,
         **more,  # type: ignore[call-overload]
     )
-    err = done.stderr.replace(f"{program}: ", "PROGRAM: ").replace(f"'{program} ", "'PROGRAM ")
-    return Result(done.returncode, done.stdout, err)
+    # Not by subprocess's text mode, which would turn the carriage returns of progress lines into newlines.
+    out, err = (text.decode(errors="surrogateescape") for text in (done.stdout, done.stderr))
+    err = err.replace(f"{program}: ", "PROGRAM: ").replace(f"'{program} ", "'PROGRAM ")
+    return Result(done.returncode, out, err)
 
 
 @cache

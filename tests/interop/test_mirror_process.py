@@ -76,6 +76,8 @@ def test_when_ready_with_verification_under_load(tmp_path: Path, sock_dir: str) 
         load.join()
     assert any(line.startswith("Verified") for line in mirror.lines)
     assert not os.path.exists(socket)
+    # And nothing the guest sent later has reached the source.
+    assert "identical" in qemu_img.qemu_img("compare", "-f", "raw", "-F", "qcow2", source, target).stdout
 
 
 def _write_until_gone(socket: str) -> None:

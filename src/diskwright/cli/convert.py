@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import signal
-import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
-from typing import TYPE_CHECKING, Final
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Final, Self
 
 from diskwright.cli import common
-from diskwright.cli.common import PROGRAM, Failure
+from diskwright.cli.common import Failure
 from diskwright.cli.create import creation_error, describe_options
 from diskwright.cli.progress import Amount, Reporter
 from diskwright.errors import DiskwrightError, OptionError, message_of
@@ -29,6 +28,8 @@ MAX_WORKERS: Final = 16
 
 MAX_SPARSE: Final = 16 * MiB
 """Largest run of zeros that can be asked for with ``-S``: a copy looks at no more than this at a time."""
+
+_PAGE: Final = 4096
 
 _UNSUPPORTED: Final = {
     "compress": "-c: compressed images cannot be written yet",
@@ -126,8 +127,11 @@ def _create(wish: Wish, size: int, gate: str) -> None:
     from diskwright.core.create import plan
 
     assert wish.target_format is not None
+    options = {**wish.options, "size": size}
+    if not wish.sparse and "backing_file" not in options and _can_reserve(wish.target_format):
+        options.setdefault("preallocation", "falloc")
     try:
-        creation = plan(wish.target, wish.target_format, {**wish.options, "size": size}, gate=common.make_gate(gate))
+        creation = plan(wish.target, wish.target_format, options, gate=common.make_gate(gate))
     except OptionError as error:
         raise Failure(message_of(error)) from error
     except (DiskwrightError, OSError) as error:
@@ -136,6 +140,18 @@ def _create(wish: Wish, size: int, gate: str) -> None:
         creation.make()
     except (DiskwrightError, OSError) as error:
         raise _not_created(wish, error) from error
+
+
+def _can_reserve(format: str) -> bool:
+    """Whether the format takes all space in advance when asked to, which is what ``-S 0`` is for."""
+    from diskwright.core.options import OneOf, describe
+    from diskwright.core.registry import find
+
+    try:
+        options = describe(getattr(find(format), "create_options"))  # noqa: B009
+    except (OptionError, AttributeError):
+        return False
+    return any(i.name == "preallocation" and isinstance(i.type, OneOf) and "falloc" in i.type.words for i in options)
 
 
 def _not_created(wish: Wish, error: BaseException) -> Failure:
@@ -177,10 +193,11 @@ class Conversion:
     ) -> None:
         from diskwright.engine.rate import RateLimit
 
-        self.graph, self.target, self.wish, self.interruption = graph, target, wish, interruption
+        self.leases, self.target, self.wish, self.interruption = graph.leases, target, wish, interruption
         self.target_zero = target_zero
         self.rate = RateLimit(wish.speed)
         self.position, self.total = 0, 0
+        self._lock = threading.Lock()
 
     def amount(self) -> Amount:
         return Amount(self.position, self.total)
@@ -190,32 +207,99 @@ class Conversion:
         self.total = total
         start = 0
         for source in sources:
-            self._copy(source, start)
+            base = source.backing if self.target.backing is not None else None
+            if base is None:
+                self._copy(source, start, 0, source.size, None)
+            else:
+                # Beyond the end of the source's backing file its zeros are its own, and have to be written.
+                shared = min(base.size, source.size)
+                self._copy(source, start, 0, shared, base)
+                self._copy(source, start, shared, source.size, None)
             start += common.guest_size(source)
             self.position = start
 
-    def _copy(self, source: Node, start: int) -> None:
-        """One source to ``start`` in the target."""
-        from diskwright.engine.copy import CHUNK, WORKERS, chunks, data_plan, run_plan
+    def _copy(self, source: Node, start: int, offset: int, end: int, base: Node | None) -> None:
+        """What ``source`` has from ``offset`` to ``end`` goes to ``start`` and further on in the target."""
+        from diskwright.engine.copy import CHUNK, WORKERS, Copier, run_plan
 
-        chunk = max(4096, self.rate.limit(CHUNK) // 4096 * 4096)
-        for copier, offset, end in self._parts(source, start):
-            if self.wish.sparse:
-                whole = data_plan(source, self.graph.leases, end, zeros=not self.target_zero, chunk=chunk)
-                ranges = ((at, length) for at, length in whole if at >= offset)
-            else:
-                ranges = chunks(offset, end - offset, chunk)
-            run_plan(
-                copier,
-                ranges,
-                workers=self.wish.workers or WORKERS,
-                rate=self.rate,
-                stop=lambda: self.interruption.signal != 0,
-                done=lambda at, length: self._done(start + at + length),
-                failed=self._failed,
-                chunk=chunk,
-            )
-            self.interruption.check(self.wish.target)
+        # At a low rate smaller pieces keep the copy going evenly, and an interrupt from being waited for.
+        chunk = max(_PAGE, self.rate.limit(CHUNK) // _PAGE * _PAGE)
+        copier = Copier(
+            source,
+            self.target,
+            self.leases,
+            sparse=self.wish.sparse,
+            target_zero=self.target_zero,
+            base=base,
+            offset_in_target=start,
+        )
+        run_plan(
+            copier,
+            self._ranges(source, offset, end, base, chunk, copier.unit),
+            workers=self.wish.workers or WORKERS,
+            rate=self.rate,
+            stop=lambda: self.interruption.signal != 0,
+            done=lambda at, length: self._done(start + at + length),
+            failed=self._failed,
+            chunk=chunk,
+        )
+        self.interruption.check(self.wish.target)
+
+    def _ranges(
+        self, source: Node, offset: int, end: int, base: Node | None, chunk: int, unit: int
+    ) -> Iterator[tuple[int, int]]:
+        from diskwright.engine.copy import data_plan
+
+        whole = data_plan(source, self.leases, end, zeros=not self.target_zero, chunk=chunk, base=base, unit=unit)
+        for at, length in whole:
+            if at + length > offset:
+                begin = max(at, offset)
+                yield begin, at + length - begin
+
+    def _done(self, position: int) -> None:
+        with self._lock:
+            self.position = max(self.position, position)
+
+    def _failed(self, offset: int, length: int, error: Exception) -> None:
+        from diskwright.engine.copy import ReadFailed
+
+        what = "reading" if isinstance(error, ReadFailed) else "writing"
+        cause = error.__cause__ or error
+        raise Failure(
+            f"error while {what} at byte {offset}: {message_of(cause)}; '{self.wish.target}' is incomplete"
+        ) from error
+
+
+class Interruption:
+    """SIGINT and SIGTERM end the copying between two pieces, so that the target is closed in good order. The
+    second one does not wait for that."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def check(self, target: str) -> None:
+        if self.signal:
+            raise Failure(f"interrupted; '{target}' is incomplete", 128 + self.signal)
+
+
 # -- the command line ----------------------------------------------------------------------------
 
 

@@ -94,9 +94,10 @@ def run(args: argparse.Namespace) -> int:
             if code == 0 and (args.pivot or args.keep_serving):
                 session.serve_on()
         finally:
-            # A guest's request that waits at a held gate would keep the server from closing.
-            session.let_guest_go()
+            # A request that waits at a drained disk's gate would keep the server from closing.
+            disk.shut()
             server.close()
+            session.let_guest_go()
         disk.close()
         return code
 
@@ -109,6 +110,7 @@ class _Session:
         self.signals = 0
         self.wake = threading.Event()
         self.holding = False
+        self.mirrored: Mirror | None = None
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._on_signal)
 
@@ -125,7 +127,8 @@ class _Session:
     def mirror(self) -> int:
         target = self._open_target()
         began = time.monotonic()
-        mirror = Mirror(self.disk, target, on_event=self._on_event, **self._job_options())
+        mirror = Mirror(self.disk, target, on_event=self._on_event, at_end=self._at_end, **self._job_options())
+        self.mirrored = mirror
         signal.signal(signal.SIGUSR2, lambda number, frame: self._resume(mirror))
         try:
             mirror.start()
@@ -135,10 +138,13 @@ class _Session:
                     self.say(f"Ready: the target is in sync after {time.monotonic() - began:.1f} s")
                     if self.args.finish is None and not self.args.quiet and not self.signals:
                         print("Press Ctrl-C to finish, twice to abandon", file=sys.stderr, flush=True)
-                    self._until(lambda: mirror.ended, finish=lambda: self._finish(mirror))
+                    self._until(
+                        lambda: mirror.ended,
+                        finish=lambda: mirror.finish(pivot=self.args.pivot, wait=False),
+                    )
             mirror.result()
             self._tell(mirror, began)
-            return self._verify(mirror) if self.args.verify else 0
+            return 0
         except JobError as error:
             if self.signals > 1:
                 raise Failure("Abandoned: the target is not a copy of the source", ABANDONED) from None
@@ -165,22 +171,23 @@ class _Session:
         except JobError:
             pass  # it was not paused
 
-    def _finish(self, mirror: Mirror) -> None:
+    def _at_end(self) -> None:
+        """The moment of which the target is the source: both stand still."""
         if self.args.verify:
-            # From here to the comparison the guest must not write, or there would be nothing to compare.
+            self._verify()
+        if not (self.args.pivot or self.args.keep_serving):
+            # Nobody serves the guest from here on, so what it still sends must not reach the source either.
             self.disk.start_drain()
             self.holding = True
-        mirror.finish(pivot=self.args.pivot, wait=False)
 
-    def _verify(self, mirror: Mirror) -> int:
+    def _verify(self) -> None:
         began = time.monotonic()
-        difference = mirror.verify()
+        assert self.mirrored is not None
+        difference = self.mirrored.verify()
         if difference is not None:
-            raise Failure(f"Verification failed: source and target differ at offset {difference}")
+            raise JobError(f"verification found a difference at offset {difference}")
         seconds = time.monotonic() - began
         self.say(f"Verified: {human_size(self.disk.size)} read on both sides and equal, {seconds:.1f} s")
-        self.let_guest_go()
-        return 0
 
     def let_guest_go(self) -> None:
         if self.holding:
@@ -236,7 +243,8 @@ class _Session:
         if self.args.progress == "json":
             import json
 
-            print(json.dumps({"event": name, "data": data}), file=sys.stderr, flush=True)
+            # One write: the progress reports come from another thread.
+            print(json.dumps({"event": name, "data": data}) + "\n", end="", file=sys.stderr, flush=True)
         elif name == "BLOCK_JOB_ERROR" and data.get("action") == "stop":
             print(
                 f"{common.PROGRAM}: a {data['operation']} failed; the mirror is paused and its guest goes on. "

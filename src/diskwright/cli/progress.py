@@ -73,6 +73,8 @@ class Reporter:
             signal.signal(signal.SIGUSR1, self._old_handler)  # type: ignore[arg-type]
         if self.style is not None:
             self._report()
+        if error is not None:
+            self.end_line()  # so that what went wrong gets a line of its own
 
     def end_line(self) -> None:
         """Leaves the line that was written over again and again; call it after the result was printed."""

@@ -7,7 +7,9 @@ lease under which mappings stay valid. Inside a drained section the disk can be 
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +44,7 @@ class Disk(io.RawIOBase):
         self._drains = 0
         self._position = 0
         self._closing = False
+        self._shut = False
 
     # -- facts -----------------------------------------------------------------------------------
 
@@ -71,8 +74,10 @@ class Disk(io.RawIOBase):
     def begin(self) -> int:
         """Enters the gate, waiting while the disk is drained; returns the lease to hand to ``end``."""
         with self._mutex:  # the plain lock: a Condition's own methods cost three times as much
-            while self._drains:
+            while self._drains and not self._shut:
                 self._gate.wait()
+            if self._shut:
+                raise OSError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN), self._node.filename)
             if self.closed:
                 raise GraphError("The disk is closed")
             self._in_flight += 1
@@ -121,6 +126,13 @@ class Disk(io.RawIOBase):
             self._drains -= 1
             if not self._drains:
                 self._gate.notify_all()
+
+    def shut(self) -> None:
+        """Turns users away for good: those waiting at the gate and all who come get ESHUTDOWN. For a disk that must
+        not change any more while exports still have it."""
+        with self._gate:
+            self._shut = True
+            self._gate.notify_all()
 
     def switch(self, node: Node) -> None:
         """Goes on upon another root. Only inside a drained section, and only to a node of the same size."""
@@ -262,9 +274,6 @@ class Disk(io.RawIOBase):
         view = memoryview(data).cast("B")
         length = max(0, min(len(view), self.size - self._position))
         if len(view) and not length:
-            import errno
-            import os
-
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._node.filename)
         if length:
             with self.request():

@@ -71,7 +71,8 @@ class SliceCache:
         self._writing: dict[int, int] = {}  # the same, for what has been captured
         self._pins: dict[int, int] = {}
         self._loading: set[int] = set()
-        self._guard = threading.Condition(threading.Lock())
+        self._guard = threading.Lock()
+        self._loaded = threading.Condition(self._guard)
 
     # -- looking up ------------------------------------------------------------------------------
 
@@ -80,18 +81,21 @@ class SliceCache:
 
         Many may ask at once: one reads, the others wait for it. Raises OSError, or what ``locate`` raises.
         """
+        items = self.young.get(number)
+        if items is not None:
+            return items
         with self._guard:
             while True:
                 items = self.young.get(number)
                 if items is not None:
                     return items
-                items = self._old.pop(number, None)
+                items = self._old.get(number)
                 if items is not None:
                     self._admit(number, items)
                     return items
                 if number not in self._loading:
                     break
-                self._guard.wait()
+                self._loaded.wait()
             offset = self._locate(number)
             if offset < 0:
                 return None
@@ -101,16 +105,17 @@ class SliceCache:
         except BaseException:
             with self._guard:
                 self._loading.discard(number)
-                self._guard.notify_all()
+                self._loaded.notify_all()
             raise
         with self._guard:
             self._loading.discard(number)
             self._admit(number, items)
-            self._guard.notify_all()
+            self._loaded.notify_all()
         return items
 
     def peek(self, number: int) -> array[int] | None:
-        """The slice when it is cached. Nothing is read and nothing ages."""
+        """The slice when it is cached. Nothing is read and nothing ages. Takes no lock, and never misses a slice
+        that is changed or pinned."""
         items = self.young.get(number)
         return self._old.get(number) if items is None else items
 
@@ -125,14 +130,17 @@ class SliceCache:
         return array(self._typecode, bytes(self.slice_bytes))
 
     def _admit(self, number: int, items: array[int]) -> None:
-        """Puts a slice into the young generation. Under the guard."""
-        young, old = self.young, self._old
+        """Puts a slice into the young generation. Under the guard.
+
+        Whoever looks without a lock looks at young first and then at old, so a slice is at no time in neither:
+        it stays in the old generation when it is found there, and generations change hands in one step.
+        """
+        young = self.young
         if len(young) >= self._generation:
-            kept = {n: a for n, a in old.items() if n in self._changed or n in self._writing or n in self._pins}
-            # Slices go to where a look-up finds them next before they leave where it looks first.
-            old.clear()
+            changed, writing, pins = self._changed, self._writing, self._pins
+            old = {n: a for n, a in self._old.items() if n in changed or n in writing or n in pins}
             old.update(young)
-            old.update(kept)
+            self._old = old
             young.clear()
         young[number] = items
 
@@ -140,6 +148,10 @@ class SliceCache:
 
     def edit(self, number: int) -> array[int] | None:
         """The slice, to be changed and then marked: it stays cached from now on until it has been written."""
+        if number in self._changed:  # so it cannot age out, and only our caller writes it back
+            items = self.peek(number)
+            if items is not None:
+                return items
         while True:
             items = self.get(number)
             if items is None:

@@ -9,7 +9,8 @@ from diskwright.core.leases import Leases
 from diskwright.core.node import Node
 from diskwright.core.status import Status, status
 from diskwright.engine.buffers import Buffers
-from diskwright.engine.copy import WORKERS, any_set
+from diskwright.engine.copy import WORKERS
+from diskwright.engine.zeros import is_zero
 from diskwright.extents import windows
 from diskwright.units import GiB, KiB
 
@@ -55,7 +56,7 @@ def beyond_is_zero(node: Node, leases: Leases, offset: int) -> int | None:
                 for at, size in windows(row.offset, row.length, CHUNK):
                     piece = buffer[:size]
                     node.readv([(at, piece)])
-                    if any_set(piece):
+                    if not is_zero(piece):
                         return at + next(i for i, byte in enumerate(piece) if byte)
     return None
 

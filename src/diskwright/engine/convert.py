@@ -9,9 +9,10 @@ from itertools import accumulate
 from diskwright.core.leases import Leases
 from diskwright.core.node import Node
 from diskwright.engine.clock import Clocks
-from diskwright.engine.copy import CHUNK, SPARSE, WORKERS, Copier, Range, ReadFailed, data_plan, run_plan
+from diskwright.engine.copy import CHUNK, WORKERS, Copier, Range, ReadFailed, data_plan, run_plan
 from diskwright.engine.progress import Progress
 from diskwright.engine.rate import RateLimit
+from diskwright.engine.zeros import SPARSE
 from diskwright.errors import JobError
 
 

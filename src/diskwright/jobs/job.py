@@ -15,7 +15,8 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar, Final
 
 from diskwright.engine.policy import Action, OnError, action, io_status
@@ -74,6 +75,8 @@ class Job(ABC):
         self._user_paused = False
         self._inner_pauses = 0
         self._cancelled = False
+        self._committed = False  # too late to be cancelled
+        self._quiet = 0  # events are kept back while above 0
         self._finalized = auto_finalize
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
@@ -224,9 +227,11 @@ class Job(ABC):
 
     def cancel(self, *, force: bool = True) -> None:
         """Ends the job. Without ``force`` a job that is ready ends in its own, successful way; so it must not
-        be paused then. Returns at once: see ``wait``."""
+        be paused then. Returns at once: see ``wait``. It may come too late; the job then ends as it would have."""
         with self._cond:
             check_verb(self.id, self._state, Verb.CANCEL)
+            if self._committed:
+                return
             if self._user_paused and not force:
                 raise JobError(f"The block job for device '{self.id}' is currently paused")
             if force or not (self.ready and self.soft_cancel()):
@@ -303,6 +308,26 @@ class Job(ABC):
         with self._cond:
             self._inner_pauses -= 1
             self.wake()
+
+    def commit(self) -> bool:
+        """The work is about to do what cannot be undone: a cancel comes too late from now on. False when one came
+        before, or the job is to pause: then nothing has been decided."""
+        with self._cond:
+            if not self.should_pause:
+                self._committed = True
+            return self._committed
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Inside, no event is delivered: a receiver that waited for the disk in a drained section would wait for ever."""
+        with self._cond:
+            self._quiet += 1
+        try:
+            yield
+        finally:
+            with self._cond:
+                self._quiet -= 1
+            self._deliver()
 
     def make_ready(self) -> None:
         """The job has reached the state it keeps until it is told to complete."""
@@ -426,7 +451,7 @@ class Job(ABC):
         """Hands queued events out, one thread at a time so that their order holds. No lock is held meanwhile."""
         while True:
             with self._cond:
-                if self._delivering or not self._events:
+                if self._delivering or self._quiet or not self._events:
                     return
                 self._delivering = True
                 name, data = self._events.popleft()

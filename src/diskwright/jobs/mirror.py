@@ -5,135 +5,61 @@ of a range *before* it reads it, and no two copies of overlapping ranges are in 
 is, after the last write to it has ended, a copy that begins, and none that began earlier ends after it. The job
 finishes inside a drained section: no write is in flight, what is dirty is copied, and the target is the source.
 
-With ``copy_mode="write-blocking"`` a filter over the source sends each of the users' writes to the target as well
-before it is answered, so that what is dirty can only become less.
+With ``copy_mode="write-blocking"`` a filter over the source (see ``both_sides``) sends each of the users' writes to the
+target as well before it is answered, so that what is dirty can only become less. A job that is to finish while its
+guest writes faster than is copied goes over to that by itself: so it ends, and the drained section stays short.
+
+The copying goes in passes over the disk. What a guest writes again and again is copied once a pass, not once a write.
 """
 
 from __future__ import annotations
 
-import errno
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
-from typing import Final, Literal, cast
+from time import monotonic
+from typing import Final, Literal, TypeVar, cast
 
-from diskwright.core.bitmap import DirtyBitmap
-from diskwright.core.driver import Filter, Segments
+from diskwright.core.bitmap import DEFAULT_GRANULARITY, MAX_GRANULARITY, MIN_GRANULARITY, DirtyBitmap
+from diskwright.core.disk import Disk
+from diskwright.core.driver import not_supported
 from diskwright.core.graph import Graph
-from diskwright.core.node import FilterNode, Node, below_filters
+from diskwright.core.node import FilterNode, FormatNode, Node, below_filters
+from diskwright.core.permissions import ALL, READ, RESIZE, WRITER, Access
 from diskwright.core.status import Status, status
+from diskwright.engine.buffers import Buffers
 from diskwright.engine.clock import Clocks
 from diskwright.engine.copy import CHUNK, WORKERS, Copier, ReadFailed, run_plan
 from diskwright.engine.policy import Action, OnError
-from diskwright.errors import DiskwrightError, JobError, OptionError
-from diskwright.extents import windows
+from diskwright.errors import DiskwrightError, GraphError, JobError, OptionError, errno_of
+from diskwright.extents import WINDOW, windows
+from diskwright.jobs.both_sides import BothSides
+from diskwright.jobs.inflight import InFlight
 from diskwright.jobs.job import EventSink, Job
-from diskwright.units import GiB, KiB, MiB, align_down, align_up
+from diskwright.units import KiB, MiB, align_down, align_up, is_power_of_two
+
+T = TypeVar("T")
 
 DEFAULT_BUFFER: Final = 16 * MiB
-"""Bytes in flight unless the user says otherwise."""
-SMALL_REST: Final = 8 * MiB
-"""Dirty bytes that are few enough for the drained pass, a fraction of a second: with no more the job is ready."""
-MOST_PASSES: Final = 20
-"""Passes made to get there. A guest that writes faster than the target takes it would otherwise keep the job from ever
-ending; after these it waits for the drained pass, however much there is to copy."""
+"""Bytes in flight at most, unless the user says otherwise."""
+LAST_PASS: Final = 0.1
+"""Seconds the drained pass should take at most: what is dirty before is copied outside, as far as the guest allows."""
+SMALL_REST: Final = MiB
+"""Dirty bytes that are few at any speed."""
+SHRINKS: Final = 0.9
+"""When a pass leaves more than this part of what was dirty before it, more passes of the kind will not end."""
+PATIENCE: Final = 3
+"""Passes in a row that do not shrink before something else is tried: one alone may have been a guest's sudden burst."""
 IDLE: Final = 0.05
-"""Seconds between looks at the bitmap when nothing is dirty."""
+"""Seconds between looks at the bitmap. Also the time a granule rests that is written all the time."""
 RETRY: Final = 0.2
-"""Seconds before a range is tried again whose failure is to be ignored."""
-DEFAULT_GRANULARITY: Final = 64 * KiB
+"""Seconds before what failed is tried again, when the failure is to be ignored."""
+
+SOURCE_ACCESS: Final = Access(READ, ALL & ~RESIZE)
+"""Reads a disk whose writes it follows by itself; only its size has to stay."""
 
 Sync = Literal["full", "top", "none"]
 CopyMode = Literal["background", "write-blocking"]
-
-
-class InFlight:
-    """Ranges being copied. Those of a new one must not overlap any of them. There are never more than threads."""
-
-    def __init__(self) -> None:
-        self.changed = threading.Condition(threading.Lock())
-        self._ranges: list[tuple[int, int]] = []
-        self.bytes = 0
-
-    def overlapping_end(self, start: int, end: int) -> int:
-        """The end of a range in flight that overlaps ``[start, end)``, or 0. The lock is held."""
-        for low, high in self._ranges:
-            if low < end and start < high:
-                return high
-        return 0
-
-    def next_begin(self, start: int, end: int) -> int:
-        """Where the first range in flight within ``[start, end)`` begins, or ``end``. The lock is held."""
-        return min((low for low, _ in self._ranges if start <= low < end), default=end)
-
-    def add(self, start: int, end: int, counted: int) -> None:
-        self._ranges.append((start, end))
-        self.bytes += counted
-
-    def remove(self, start: int, end: int, counted: int) -> None:
-        with self.changed:
-            self._ranges.remove((start, end))
-            self.bytes -= counted
-            self.changed.notify_all()
-
-    @contextmanager
-    def alone(self, start: int, end: int) -> Iterator[None]:
-        """Keeps ``[start, end)`` for the caller, once nobody else has any of it."""
-        with self.changed:
-            self.changed.wait_for(lambda: not self.overlapping_end(start, end))
-            self.add(start, end, 0)
-        try:
-            yield
-        finally:
-            self.remove(start, end, 0)
-
-
-class BothSides(Filter):
-    """Sends the users' changes to the source and then to the target. A target that fails leaves the range dirty."""
-
-    name = "mirror_top"
-
-    def __init__(self, job: Mirror, child: Node) -> None:
-        self.child = child
-        self._job = job
-
-    def writev(self, segments: Segments) -> None:
-        target = self._job.target
-        for segment in segments:
-            one = [segment]
-            self._both(segment[0], len(segment[1]), partial(self.child.writev, one), partial(target.writev, one))
-
-    def write_zeros(self, offset: int, length: int, *, unmap: bool, fast: bool) -> None:
-        target = self._job.target
-        self._both(
-            offset,
-            length,
-            lambda: self.child.write_zeros(offset, length, unmap=unmap, fast=fast),
-            lambda: target.write_zeros(offset, length, unmap=unmap and self._job.unmap),
-        )
-
-    def discard(self, offset: int, length: int) -> None:
-        # What the source reads as afterwards is its driver's affair, so the range is left for the copier.
-        self.child.discard(offset, length)
-
-    def _both(self, offset: int, length: int, ours: Callable[[], None], theirs: Callable[[], None]) -> None:
-        job, unit = self._job, self._job.bitmap.granularity
-        start, end = align_down(offset, unit), align_up(offset + length, unit)
-        with job.in_flight.alone(start, end):
-            clean = [at for at in range(start, end, unit) if at < job.bitmap.size and not job.bitmap.get(at)]
-            ours()  # sets the bits
-            if not clean:
-                return  # to be copied anyway
-            try:
-                theirs()
-            except (OSError, DiskwrightError):
-                return  # never the guest's affair: the bits stay set, and the job meets the error itself
-            for at in clean:
-                job.bitmap.clear(at, 1)
-
-    def transparent(self) -> bool:
-        return True
 
 
 class Mirror(Job):
@@ -142,13 +68,17 @@ class Mirror(Job):
     ``sync``              full: everything; top: what the source's own layer has; none: only what is written from
                           now on
     ``granularity``       bytes a dirty bit stands for, a power of two from 512 to 64 MiB
-    ``buf_size``          bytes in flight at most
+    ``buf_size``          bytes in flight at most; 0 for the default
     ``unmap``             zeros need not be allocated in the target
-    ``target_is_zero``    the target reads as zeros everywhere, as a new image does
+    ``target_is_zero``    the target is new: nobody has written to it
+    ``copy_mode``         see the module's text
     ``on_source_error``, ``on_target_error``  report, ignore (try again later), enospc, stop
-    ``pivot``             ``complete`` puts the source's users on the target
+    ``at_end``            called at the moment of which the target is the source: the disk is drained, the target
+                          durable, nothing switched yet; what it raises makes the job fail
 
-    Raises OptionError when target and source do not fit.
+    ``complete`` puts the source's users on the target; a cancel without force, when the job is ready, leaves them
+    where they are. Raises OptionError when an option is out of range, GraphError when source and target do not fit
+    or are used by somebody in a way that does not go together with this.
     """
 
     type = "mirror"
@@ -172,33 +102,41 @@ class Mirror(Job):
         auto_finalize: bool = True,
         auto_dismiss: bool = True,
         on_event: EventSink | None = None,
+        at_end: Callable[[], None] | None = None,
     ) -> None:
-        if target.size < source.size:
-            raise OptionError(f"The target has {target.size} bytes, fewer than the source's {source.size}")
-        if below_filters(source) is below_filters(target):
-            raise OptionError("Can't mirror node into itself")
+        _check(source, target, granularity, buf_size)
+        self._policies = {"read": OnError(on_source_error), "write": OnError(on_target_error)}
         self.graph, self.source, self.target = graph, source, target
         self.sync, self.unmap, self.copy_mode = sync, unmap, copy_mode
         self._new_target = target_is_zero
-        self._policies = {"read": OnError(on_source_error), "write": OnError(on_target_error)}
-        unit = granularity if granularity is not None else max(DEFAULT_GRANULARITY, min(target.cluster_size, MiB))
-        self.bitmap = DirtyBitmap(source.size, unit)
+        self._unit = granularity or DEFAULT_GRANULARITY
+        self.bitmap = DirtyBitmap(source.size, self._unit)
+        self._untouched: DirtyBitmap | None = None  # granules that still read as zeros in the target
         self.in_flight = InFlight()
         self.clocks = Clocks()
-        self._copier = Copier(source, target, graph.leases, sparse=0, unmap=unmap)
-        self._chunk = max(unit, min(CHUNK, align_down(max(buf_size, unit) // WORKERS, unit) or unit))
-        self._workers = max(1, min(WORKERS, buf_size // self._chunk))
-        self._copied = 0  # bytes
-        self._try_later = False
+        self._copied = 0  # bytes; in_flight's lock guards it
         self._cursor = 0
+        self._try_later = False
+        self._speed_seen = 0.0  # bytes per second of the latest passes
         self._finishing: Literal["", "keep", "pivot"] = ""
+        self._finished = False
+        self._at_end = at_end
         self._filter: FilterNode | None = None
-        self._drain = ExitStack()
-        super().__init__(
-            id, speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss, on_event=on_event
-        )
-        graph.hold(source)
-        graph.hold(target)
+        self._chunk, self._workers = _in_flight(buf_size or DEFAULT_BUFFER)
+        self._buffers = Buffers(self._chunk, self._workers)
+        super().__init__(id, speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss, on_event=on_event)
+        with ExitStack() as stack:
+            self._gate = graph.disk(source, SOURCE_ACCESS)
+            stack.callback(_let_go, self._gate)
+            self._target_use = graph.disk(target, WRITER)
+            stack.pop_all()
+        self._copier = self._make_copier(self._gate)
+
+    def _make_copier(self, gate: Disk | None) -> Copier:
+        return Copier(
+            self.source, self.target, self.graph.leases, sparse=0, unmap=self.unmap, gate=gate,
+            target_zero=self._claim_untouched,
+        )  # fmt: skip
 
     # -- what the job answers ----------------------------------------------------------------------
 
@@ -214,99 +152,95 @@ class Mirror(Job):
     def on_complete(self) -> None:
         if self._finishing:
             raise JobError(f"The active block job '{self.id}' cannot be completed")
-        if self.target.size != self.source.size:
-            raise JobError(f"The target of '{self.id}' is larger than its source: the disk cannot go on upon it")
+        self._check_pivot()
         self._finishing = "pivot"
 
+    def _check_pivot(self) -> None:
+        if self.target.size != self.source.size:
+            raise JobError(f"The target of '{self.id}' is larger than its source: the disk cannot go on upon it")
+        for node in self.graph.nodes():
+            if isinstance(node, FormatNode) and self.source in node.format.children:
+                raise JobError(f"'{node.name}' has the source of '{self.id}' as its file: it cannot go on upon another")
+
     def on_change(self, options: dict[str, object]) -> None:
-        """``copy_mode="write-blocking"``, once: there is no way back, as the other way loses the sync it had."""
-        if self._finishing:
-            raise JobError(f"The mirror '{self.id}' is finishing: it cannot be changed any more")
+        """``copy_mode="write-blocking"``, once: there is no way back, as the other way loses the sync it had. The work
+        goes over to it as soon as what is in flight has ended."""
         if set(options) != {"copy_mode"} or options["copy_mode"] not in ("background", "write-blocking"):
             raise JobError("A mirror can change its 'copy_mode' to 'write-blocking', and nothing else")
-        if options["copy_mode"] == self.copy_mode:
-            return
-        if self.copy_mode == "write-blocking":
-            raise JobError("Change to copy mode 'background' is not implemented")
-        self.copy_mode = "write-blocking"
-        self._insert_filter()
+        with self._cond:
+            if options["copy_mode"] == "background" and self.copy_mode == "write-blocking":
+                raise JobError("Change to copy mode 'background' is not implemented")
+            self.copy_mode = options["copy_mode"]
+            self.wake()
 
     # -- the work ----------------------------------------------------------------------------------
 
     def run(self) -> None:
-        zeros = self.sync == "full" and (self._zeros_are_there() or self._zero_target())
-        with self.graph.drained():
+        zeros = self.sync == "full" and (self._zeros_are_there() or self._retried("write", self._zero_target))
+        if zeros:
+            self._untouched = DirtyBitmap(self.source.size, self._unit)
+            self._untouched.set_all()
+        with self.quiet(), self.graph.drained():
             # A write that began before must not end unseen after the bitmap is there.
             self.source.add_bitmap(self.bitmap)
-        if self.copy_mode == "write-blocking":
-            self._insert_filter()
         self._mark_first_pass(zeros)
-        self._pass()
-        while self.bitmap.dirty_bytes > SMALL_REST or self._try_later:
-            self._pass()
+        self._catch_up()
         self.make_ready()
         while not self._finishing:
-            self.pause_point()
             if self.bitmap.granules:
                 self._pass()
             with self._cond:
-                # Also after a pass: what is written often is then copied some times a second, not all the time.
-                self._cond.wait_for(lambda: bool(self._finishing) or self.should_pause, IDLE)
-        self._finish()
-
-    def _finish(self) -> None:
-        for _ in range(MOST_PASSES):
-            if self.bitmap.dirty_bytes <= SMALL_REST:
-                break
-            self._pass()
-        while True:
-            self.pause_point()
-            self._drain.enter_context(self.graph.drained())
-            while self.bitmap.granules and not self._try_later and not self.should_pause:
-                self._pass(may_pause=False)
-            if not self.bitmap.granules and self._flush_target():
-                return  # still drained, until ``clean``
-            self._drain.close()  # the guest must not wait while the job is paused or tries again later
-            self._pass()
-
-    def _flush_target(self) -> bool:
-        """Makes the target durable; False when that failed and is to be tried again."""
-        try:
-            self.target.flush()
-        except OSError as error:
-            if self.handle_error(error, "write", self._policies["write"]) is Action.REPORT:
-                raise
-            return False
-        return True
+                self._cond.wait_for(lambda: bool(self._finishing) or self._interrupted(), IDLE)
+            self._rest()
+        self._catch_up()
+        if self.auto_finalize:
+            self._finish()
 
     def prepare(self) -> None:
-        if self._finishing == "pivot":
-            self._remove_filter()
-            self.graph.replace(self.source, self.target)
+        if not self._finished:
+            self._catch_up()  # with all that has been written while the job was pending
+            self._finish()
 
     def clean(self) -> None:
         self.source.remove_bitmap(self.bitmap)
-        self._remove_filter()
-        self._drain.close()
-        self.graph.release(self.source)
-        self.graph.release(self.target)
+        try:
+            self._remove_filter()
+        finally:
+            _let_go(self._gate)
+            _let_go(self._target_use)
+
+    def _interrupted(self) -> bool:
+        return self.should_pause or self._wants_filter()
+
+    def _wants_filter(self) -> bool:
+        return self.copy_mode == "write-blocking" and self._filter is None
+
+    def _rest(self) -> None:
+        """Nothing is in flight here: what has to be done then is done."""
+        if self._try_later:
+            self._try_later = False
+            with self._cond:
+                self._cond.wait_for(lambda: self.should_pause, RETRY)
+        self.pause_point()
+        if self._wants_filter():
+            self._insert_filter()
 
     # -- what has to be copied -----------------------------------------------------------------------
 
     def _zeros_are_there(self) -> bool:
-        return self._new_target and self.target.zero_init
+        """Whether the target reads as zeros without anything being done."""
+        return self._new_target and self.target.zero_init and below_filters(self.target).backing is None
 
     def _zero_target(self) -> bool:
         """Makes an existing target read as zeros if that is quick; then only data has to be copied. This comes before
         everything else, as nothing of what is copied later may be lost to it."""
         try:
-            for start, step in windows(0, self.source.size, GiB):
+            for start, step in windows(0, self.source.size, WINDOW):
                 self.pause_point()
                 self.target.write_zeros(start, step, unmap=self.unmap, fast=True)
         except OSError as error:
-            if error.errno in (errno.ENOTSUP, errno.EOPNOTSUPP):
+            if error.errno == not_supported("").errno:
                 return False
-            self.handle_error(error, "write", OnError.REPORT)
             raise
         return True
 
@@ -319,19 +253,82 @@ class Mirror(Job):
         if base is None and not zeros:
             self.bitmap.set_all()
             return
-        for start, step in windows(0, self.source.size, GiB):
-            self.pause_point()
-            for row in self._status(start, step, base):
+        for start, step in windows(0, self.source.size, WINDOW):
+            self._rest()
+            for row in self._retried("read", partial(self._status, start, step, base)):
                 if row.present if base is not None else not row.zero:
-                    self.bitmap.set(row.offset, row.length)
+                    self.bitmap.mark(row.offset, row.length)
 
     def _status(self, offset: int, length: int, base: Node | None) -> list[Status]:
-        try:
-            with self.graph.leases.held():
-                return status(self.source, offset, length, base=base)
-        except OSError as error:
-            self.handle_error(error, "read", OnError.REPORT)
-            raise
+        with self._gate.request():
+            return status(self.source, offset, length, base=base)
+
+    def _retried(self, operation: str, step: Callable[[], T]) -> T:
+        """The result of ``step``, which is tried again for as long as the policy wants it."""
+        while True:
+            try:
+                return step()
+            except JobError:
+                raise
+            except (OSError, DiskwrightError) as error:
+                if self.handle_error(error, operation, self._policies[operation]) is Action.REPORT:
+                    raise
+                self._try_later = True
+                self._rest()
+
+    def _claim_untouched(self, offset: int, length: int) -> bool:
+        """Whether the target still reads as zeros in a range that is in flight. Asked once: it is written to now."""
+        untouched = self._untouched
+        if untouched is None:
+            return False
+        granules = -(-length // self._unit)
+        blank = untouched.count_in(offset, length) == granules
+        untouched.clear(offset, length)
+        return blank
+
+    # -- passes --------------------------------------------------------------------------------------
+
+    def _catch_up(self) -> None:
+        """Passes until nothing is dirty, or so little that the drained pass takes no time, and more passes do not make
+        it less. A guest that writes faster than is copied is made to wait for the target once the job is to finish."""
+        stuck = 0
+        while dirty := self.bitmap.dirty_bytes:
+            self._rest()
+            self._pass()
+            after = self.bitmap.dirty_bytes
+            stuck = stuck + 1 if after > dirty * SHRINKS else 0
+            if not self._try_later and stuck and (after <= self._small() or stuck >= PATIENCE):
+                if after <= self._small() or not self._finishing:
+                    break
+                self.copy_mode = "write-blocking"
+        self._rest()
+
+    def _small(self) -> int:
+        """Bytes that are copied in ``LAST_PASS`` seconds."""
+        return max(SMALL_REST, int(self._speed_seen * LAST_PASS))
+
+    def _pass(self) -> None:
+        """Goes over the disk once, from where the last pass stopped, and copies what is dirty; returns early when there
+        is something else to do."""
+        begin, before = monotonic(), self._copied
+        self._run(self._copier, limited=True)
+        took, moved = monotonic() - begin, self._copied - before
+        if moved >= SMALL_REST and took > 0:
+            self._speed_seen = moved / took
+
+    def _run(self, copier: Copier, *, limited: bool) -> None:
+        few = self.bitmap.count <= 2 * self._chunk
+        run_plan(
+            copier,
+            self._plan(),
+            workers=1 if few else self._workers,
+            rate=self.rate if limited else None,
+            stop=lambda: self._try_later or (self._interrupted() if limited else self.should_pause),
+            done=self._done,
+            failed=self._failed,
+            clocks=self.clocks,
+            buffers=self._buffers,
+        )
 
     def _plan(self) -> Iterator[tuple[int, int]]:
         """Dirty ranges up to the end of the disk, each taken (cleared, and in flight) as it is handed out. Called by
@@ -345,70 +342,147 @@ class Mirror(Job):
 
     def _take(self) -> tuple[int, int] | None:
         """The next dirty range that overlaps nothing in flight; in_flight's lock is held."""
-        unit = self.bitmap.granularity
+        unit, bitmap = self._unit, self.bitmap
+        longest = max(unit, self._chunk)
         while True:
             run = None
-            if self._cursor < self.bitmap.size:
-                run = self.bitmap.next_dirty(self._cursor, self.rate.limit(self._chunk))
+            if self._cursor < bitmap.size:
+                run = bitmap.next_dirty(self._cursor, self.rate.limit(longest))
             if run is None:
                 self._cursor = 0
                 return None
             offset, length = run
-            busy = self.in_flight.overlapping_end(offset, offset + unit)
+            busy = self.in_flight.busy_end(offset, offset + unit)
             if busy:
-                self._cursor = align_up(busy, unit)
+                self._cursor = align_up(busy, unit)  # it stays dirty, for the next pass
                 continue
-            end = self.in_flight.next_begin(offset, offset + length)
-            # Cut at multiples of the chunk, so that later passes meet whole clusters of the target.
-            end = min(end, align_down(offset, self._chunk) + self._chunk)
-            self.bitmap.clear(offset, end - offset)
-            self.in_flight.add(offset, end, end - offset)
+            # Cut at multiples of the longest, so that later passes meet whole clusters of the target.
+            end = min(offset + length, align_down(offset, longest) + longest)
+            end = self.in_flight.free_until(offset, end)
+            bitmap.clear(offset, end - offset)
+            self.in_flight.add(offset, end)
             self._cursor = end
             return offset, end - offset
-
-    def _pass(self, *, may_pause: bool = True) -> None:
-        """Goes over the disk once, from where the last pass stopped, and copies what is dirty. With ``may_pause`` it
-        rests at its end, for pauses and after failures."""
-        self._try_later = False
-        few = self.bitmap.count <= 2 * self._chunk
-        run_plan(
-            self._copier,
-            self._plan(),
-            workers=1 if few else self._workers,
-            rate=self.rate,
-            stop=lambda: self.should_pause or self._try_later,
-            done=self._done,
-            failed=self._failed,
-            clocks=self.clocks,
-            chunk=self._chunk,
-        )
-        if may_pause:
-            if self._try_later:
-                with self._cond:
-                    self._cond.wait_for(lambda: self.should_pause, RETRY)
-            self.pause_point()
 
     def _done(self, offset: int, length: int) -> None:
         with self.in_flight.changed:
             self._copied += length
-        self.in_flight.remove(offset, offset + length, length)
+            self.in_flight.remove(offset, offset + length)
 
     def _failed(self, offset: int, length: int, error: Exception) -> None:
         """What a worker could not copy is dirty again; then the policy decides."""
-        self.bitmap.set(offset, length)
-        self.in_flight.remove(offset, offset + length, length)
+        with self.in_flight.changed:
+            self.bitmap.mark(offset, length)
+            self.in_flight.remove(offset, offset + length)
         cause = cast(Exception, error.__cause__)
         operation = "read" if isinstance(error, ReadFailed) else "write"
         self._try_later = True
         if self.handle_error(cause, operation, self._policies[operation]) is Action.REPORT:
             raise cause
 
+    # -- the end ---------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """Drained passes until one succeeds. The guest never waits while the job is paused or tries again later."""
+        while True:
+            self._flush_target()  # so that the flush within the drained section has little to do
+            if self._finish_drained():
+                return
+            self._rest()
+            self._catch_up()
+
+    def _finish_drained(self) -> bool:
+        """The last pass and, when it succeeds, the end of the mirror: all with no user's request in flight."""
+        with self.quiet(), self.graph.drained():
+            copier = self._make_copier(None)  # the gate is shut, for this job too
+            while self.bitmap.granules:
+                self._run(copier, limited=False)
+                if self._try_later or self.should_pause:
+                    return False
+            self._flush_target()
+            if self._try_later or self.should_pause:
+                return False
+            if self._at_end is not None:
+                self._at_end()
+            if not self.commit():
+                return False
+            self._finished = True
+            self._remove_filter()
+            if self._finishing == "pivot":
+                self._pivot()
+            return True
+
+    def _pivot(self) -> None:
+        with self.graph.drained():  # a disk made since the first one began is not held by it
+            if self.bitmap.granules:
+                raise JobError("The source was written to by a disk that appeared while the mirror was finishing")
+            self._check_pivot()
+            self.graph.replace(self.source, self.target)
+
+    def _flush_target(self) -> None:
+        """Makes the target durable. A failed flush means lost data, so it is never just ignored."""
+        try:
+            self.target.flush()
+        except (OSError, DiskwrightError) as error:
+            policy = self._policies["write"]
+            policy = OnError.REPORT if policy is OnError.IGNORE else policy
+            if self.handle_error(error, "write", policy) is Action.REPORT:
+                raise
+            self._try_later = True
+
     # -- the filter ----------------------------------------------------------------------------------
 
     def _insert_filter(self) -> None:
-        self._filter = self.graph.insert_filter(BothSides(self, self.source))
+        filter = BothSides(
+            self.source, self.target, self.bitmap, self.in_flight, unmap=self.unmap,
+            wrote=self._both_wrote, synced=self._both_synced,
+        )  # fmt: skip
+        with self.quiet():
+            node = self.graph.insert_filter(filter)
+        self.graph.hold(node)  # it may have no other user
+        self._filter = node
+
+    def _both_wrote(self, start: int, end: int) -> None:
+        if self._untouched is not None:
+            self._untouched.clear(start, end - start)
+
+    def _both_synced(self, length: int) -> None:
+        self._copied += length  # in_flight's lock is held
 
     def _remove_filter(self) -> None:
         if self._filter is not None:
             node, self._filter = self._filter, None
+            self.copy_mode = "background"
             self.graph.remove_filter(node)
+            self.graph.release(node)
+
+
+def _check(source: Node, target: Node, granularity: int | None, buf_size: int) -> None:
+    if granularity is not None:
+        if not MIN_GRANULARITY <= granularity <= MAX_GRANULARITY:
+            raise OptionError("Parameter 'granularity' expects a value in range [512B, 64MB]")
+        if not is_power_of_two(granularity):
+            raise OptionError("Parameter 'granularity' expects a power of 2")
+    if buf_size < 0:
+        raise OptionError("Invalid parameter 'buf-size'")
+    if below_filters(source) is below_filters(target):
+        raise GraphError("Can't mirror node into itself")
+    if target.size < source.size:
+        raise GraphError(f"The target has {target.size} bytes, fewer than the source's {source.size}")
+    if not target.writable:
+        raise GraphError(f"The target '{target.name}' is open read-only")
+
+
+def _in_flight(buf_size: int) -> tuple[int, int]:
+    """Chunk and number of workers that keep to ``buf_size`` bytes, or to 64 KiB where that is less."""
+    chunk = max(64 * KiB, min(CHUNK, align_down(buf_size // WORKERS, 64 * KiB)))
+    return chunk, max(1, min(WORKERS, buf_size // chunk))
+
+
+def _let_go(disk: Disk) -> None:
+    """Gives up a handle. Whether the flush that goes with it works is not this job's affair: what had to be durable
+    has been flushed, and told."""
+    try:
+        disk.close()
+    except (OSError, DiskwrightError) as error:
+        errno_of(error)

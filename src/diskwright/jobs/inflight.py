@@ -1,0 +1,58 @@
+"""Which ranges of a disk are being copied right now. No two that overlap ever are."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class InFlight:
+    """Ranges somebody is at work on. Thread-safe.
+
+    There are few: one a worker's batch, and one for each write that waits for both sides of a mirror, so a list
+    is looked through. ``changed`` guards it, and whatever its owner wants to change together with it.
+    """
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition(threading.Lock())
+        self.bytes = 0
+        """What copies in flight will have dealt with when they end; the lock is held for reading it."""
+        self._ranges: list[tuple[int, int]] = []
+
+    def busy_end(self, start: int, end: int) -> int:
+        """The end of a range in flight that overlaps ``[start, end)``; 0 when there is none. The lock is held."""
+        for low, high in self._ranges:
+            if low < end and start < high:
+                return high
+        return 0
+
+    def free_until(self, start: int, end: int) -> int:
+        """How far from ``start``, which is free, up to ``end`` nothing is in flight. The lock is held."""
+        return min((low for low, _ in self._ranges if start <= low < end), default=end)
+
+    def add(self, start: int, end: int) -> None:
+        """A copy of ``[start, end)`` begins. The lock is held."""
+        self._ranges.append((start, end))
+        self.bytes += end - start
+
+    def remove(self, start: int, end: int) -> None:
+        """It has ended. The lock is held."""
+        self._ranges.remove((start, end))
+        self.bytes -= end - start
+        self.changed.notify_all()
+
+    @contextmanager
+    def alone(self, start: int, end: int) -> Iterator[None]:
+        """Keeps ``[start, end)`` for the caller, once nobody else has any of it."""
+        mine = (start, end)
+        with self.changed:
+            while self.busy_end(start, end):
+                self.changed.wait()
+            self._ranges.append(mine)
+        try:
+            yield
+        finally:
+            with self.changed:
+                self._ranges.remove(mine)
+                self.changed.notify_all()

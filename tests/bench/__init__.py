@@ -1,0 +1,1 @@
+"""Tests of the benchmarks' own logic: that data is verified, that figures are what they say. No test asserts a time."""
