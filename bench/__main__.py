@@ -20,10 +20,10 @@ def main() -> int:
     """Returns 0 when everything could be measured, 1 when a contender failed, 2 when there was no room."""
     given = _arguments()
     settings = _settings(given)
-    use_this_tree()
     if busy_before():
         say(f"this machine is busy (load average {load_average()}): trust no figure, and ratios with care")
     with workspace(given.dir) as folder:
+        use_this_tree(folder)
         report = Report(machine(folder), {"part": given.part, **dataclasses.asdict(settings)})
         rows = [[name, value] for name, value in report.machine.items()]
         report.table(table("Machine", ["", "at the start"], rows))

@@ -60,12 +60,11 @@ def run(settings: Settings, folder: str, report: Report) -> None:
     require_room(folder, 4 * settings.file_system)
     with subfolder(folder, "convert") as place:
         say("convert: making a file system of real files")
-        sources = {"raw": os.path.join(place, "source.raw"), "qcow2": os.path.join(place, "source.qcow2")}
-        images.file_system(sources["raw"], settings.file_system)
-        images.convert(sources["raw"], "raw", sources["qcow2"], "qcow2")
-        for path in sources.values():
-            flush(path)
-            images.warm(path)
+        plain, qcow2 = images.shared_file_system(folder, settings.file_system), os.path.join(place, "source.qcow2")
+        images.convert(plain, "raw", qcow2, "qcow2")
+        flush(qcow2)
+        images.warm(qcow2)
+        sources = {"raw": plain, "qcow2": qcow2}
         target = os.path.join(place, "target")
         results = {}
         for cache, rounds in (("unsafe", settings.rounds), ("writeback", settings.durable_rounds)):

@@ -9,6 +9,8 @@ from typing import Final
 
 from tests.peers.process import run
 
+from bench.workspace import flush
+
 CHUNK: Final = 1 << 20
 FILL: Final = 0.6
 """Share of the file system that files take up."""
@@ -46,6 +48,16 @@ def tables_only(path: str, size: int) -> None:
     """A qcow2 image with every cluster allocated and nothing in them: all tables, hardly any space."""
     words = ("-q", "-f", "qcow2", "-o", "preallocation=metadata")
     run("qemu-img", "create", *words, path, str(size), timeout=MAKE_TIMEOUT)
+
+
+def shared_file_system(folder: str, size: int) -> str:
+    """Path of a file system in ``folder``, made at the first call: it takes a while, and nobody changes it."""
+    path = os.path.join(folder, "files.raw")
+    if not os.path.exists(path):
+        file_system(path, size)
+        flush(path)
+    warm(path)
+    return path
 
 
 def file_system(path: str, size: int) -> None:

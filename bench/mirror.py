@@ -53,8 +53,7 @@ def run(settings: Settings, folder: str, report: Report) -> None:
     require_room(folder, 7 * settings.file_system)
     with subfolder(folder, "mirror") as place, Pool(1) as pool:
         say("mirror: making a file system of real files")
-        master = os.path.join(place, "master")
-        images.file_system(master, settings.file_system)
+        master = images.shared_file_system(folder, settings.file_system)
         results = {}
         for fmt in ("raw", "qcow2"):
             with subfolder(place, fmt) as here:

@@ -50,7 +50,9 @@ class PacedOutcome:
     latency: list[float]
 
     def within(self, start: float, end: float) -> tuple[float, float, float]:
-        """(writes per second, 99th percentile and largest latency in seconds) of the writes due in a window."""
+        """(writes per second, 99th percentile and largest latency in seconds) of the writes due in a window, which
+        begins with the first write at the earliest."""
+        start = max(start, min(self.due, default=start))
         found = [late for due, late in zip(self.due, self.latency, strict=True) if start <= due < end]
         if len(found) < 2 or end <= start:
             return 0.0, 0.0, 0.0

@@ -109,15 +109,23 @@ def busy_before() -> bool:
 
 
 def diskwright_command(*arguments: str) -> list[str]:
-    """The command line that runs the diskwright of this tree; its environment is ours, see use_this_tree."""
+    """The command line that runs the diskwright of this tree, after use_this_tree."""
     return [sys.executable, "-m", "diskwright", *arguments]
 
 
-def use_this_tree() -> None:
-    """Lets every program we start import this tree's package, and not one that happens to be installed."""
-    source = os.path.join(REPOSITORY, "src")
-    others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != source]
-    os.environ["PYTHONPATH"] = os.pathsep.join([source, *others])
+def use_this_tree(folder: str) -> None:
+    """Lets every program we start import a compiled copy of this tree's package.
+
+    It is what an installed package is: not compiled anew at every start, and the same from the first turn to the last,
+    whatever is edited meanwhile. Python's other settings in the environment are dropped: they are ours, not a user's.
+    """
+    place = os.path.join(folder, "package")
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(os.path.join(REPOSITORY, "src", "diskwright"), os.path.join(place, "diskwright"), ignore=ignored)
+    subprocess.run([sys.executable, "-m", "compileall", "-q", place], stdin=subprocess.DEVNULL, check=False)
+    for name in [name for name in os.environ if name.startswith("PYTHON") and name != "PYTHONHOME"]:
+        del os.environ[name]
+    os.environ["PYTHONPATH"] = place
     os.environ.pop("DISKWRIGHT_TRACEBACK", None)
 
 

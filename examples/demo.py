@@ -2,9 +2,9 @@
 
     python examples/demo.py [--size 384M] [--format qcow2] [--keep]
 
-It makes the file system (with mke2fs), mirrors it with ``diskwright mirror`` while four clients write records into it over
-NBD, finishes in the middle of their writing, and then checks the target by means of its own: every byte against the
-source, the file system with e2fsck, and every record that had been flushed before the end.
+It makes the file system (with mke2fs), mirrors it with ``diskwright mirror`` while four clients write records into it
+over NBD, finishes in the middle of their writing, and then checks the target by means of its own: every byte against
+the source, the file system with e2fsck, and every record that had been flushed before the end.
 """
 
 from __future__ import annotations

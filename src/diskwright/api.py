@@ -78,6 +78,15 @@ def create(
     create_image(os.fspath(filename), format, options, gate=gate)
 
 
+def format_by_name(filename: str, otherwise: str) -> str:
+    """The format whose usual ending a new image's name has, else ``otherwise``. Of an image that exists its name proves
+    nothing: that is probed."""
+    from diskwright.core.registry import builtin_formats
+
+    fitting = [driver.name for driver in builtin_formats() if filename.lower().endswith(driver.suffixes or ("\0",))]
+    return fitting[0] if fitting else otherwise
+
+
 def open_target(
     graph: Graph,
     filename: str,
@@ -222,8 +231,8 @@ def mirror(
     on_event: EventSink | None = None,
     **job: Any,
 ) -> Mirror:
-    """Starts to mirror a disk in use. ``target`` is a new image's name (``format``: default the disk's own), an
-    existing image's with ``existing``, or an open node of the disk's graph.
+    """Starts to mirror a disk in use. ``target`` is a new image's name (``format`` defaults to what its ending says,
+    else to the disk's own), an existing image's with ``existing``, or an open node of the disk's graph.
 
     ``job``: sync, granularity, buf_size, speed, copy_mode, on_source_error, on_target_error, unmap; see
     ``jobs.mirror.Mirror``. Raises ImageError, OptionError or OSError.
@@ -236,7 +245,7 @@ def mirror(
             disk.graph,
             os.fspath(target),
             disk.size,
-            format=format or below_filters(disk.node).driver_name,
+            format=format or format_by_name(os.fspath(target), below_filters(disk.node).driver_name),
             options=options,
             existing=existing,
         )
@@ -254,21 +263,24 @@ def convert(
     target: str | os.PathLike[str],
     *,
     source_format: str | None = None,
-    format: str = "raw",
+    format: str | None = None,
     options: Mapping[str, object] | None = None,
     sparse: int = 4096,
     gate: Gate | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Copies an image into a new one of ``format``, which is durable when this returns. ``progress`` is called with
-    (done, all) some times a second. A target that could not be completed is left as it is. Raises ImageError or
-    OSError."""
+    """Copies an image into a new one of ``format`` (default: by its ending, else raw), durable when this returns.
+
+    ``progress`` is called with (done, all) some times a second. A target that could not be completed is left as it
+    is. Raises ImageError or OSError.
+    """
     from diskwright.engine.convert import Conversion
 
     graph = Graph(gate)
     try:
         node = graph.open(_spec(source), driver=source_format)
-        new = open_target(graph, os.fspath(target), node.size, format=format, options=options)
+        name = os.fspath(target)
+        new = open_target(graph, name, node.size, format=format or format_by_name(name, "raw"), options=options)
         work = Conversion([node], new, graph.leases, target_is_zero=new.zero_init, sparse=sparse)
         with _reporting(work.progress.snapshot, progress):
             work.run()

@@ -133,7 +133,18 @@ class FormatConformance:
 
     @pytest.mark.parametrize(
         ("offset", "length"),
-        [(0, 1), (0, 512), (1, 1), (511, 2), (4096, 4096), (65535, 2), (65536, 65536), (1000, 200_000), (0, SIZE), (SIZE - 1, 1)],
+        [
+            (0, 1),
+            (0, 512),
+            (1, 1),
+            (511, 2),
+            (4096, 4096),
+            (65535, 2),
+            (65536, 65536),
+            (1000, 200_000),
+            (0, SIZE),
+            (SIZE - 1, 1),
+        ],
     )
     def test_what_is_written_is_read_and_the_rest_stays(self, path: Path, offset: int, length: int) -> None:
         data = random.Random(offset).randbytes(length)
@@ -178,7 +189,9 @@ class FormatConformance:
         assert disk.pread(0, SIZE) == bytes(SIZE)
 
     @pytest.mark.parametrize("unmap", [False, True])
-    @pytest.mark.parametrize(("offset", "length"), [(0, SIZE), (65536, 65536), (1000, 100_000), (70_000, 10), (SIZE - 513, 513)])
+    @pytest.mark.parametrize(
+        ("offset", "length"), [(0, SIZE), (65536, 65536), (1000, 100_000), (70_000, 10), (SIZE - 513, 513)]
+    )
     def test_zeros(self, path: Path, offset: int, length: int, unmap: bool) -> None:
         data = random.Random(5).randbytes(SIZE)
         disk = self.open(path)

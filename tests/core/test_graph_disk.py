@@ -8,8 +8,8 @@ import time
 from typing import cast
 
 import pytest
-from diskwright.core.bitmap import DirtyBitmap
 
+from diskwright.core.bitmap import DirtyBitmap
 from diskwright.core.driver import Filter, Segments
 from diskwright.core.graph import Graph
 from diskwright.core.node import Node, StorageNode

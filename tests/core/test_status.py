@@ -20,7 +20,12 @@ def layer(graph: Graph, name: str, size: int, runs: list[Extent]) -> FormatNode:
 def brief(rows: list[Status]) -> list[tuple[int, int, str, int]]:
     """Offset, length, letters for zero/data/present/compressed, depth."""
     return [
-        (r.offset, r.length, "".join(c for c, on in zip("zdpc", (r.zero, r.data, r.present, r.compressed), strict=True) if on), r.depth)
+        (
+            r.offset,
+            r.length,
+            "".join(c for c, on in zip("zdpc", (r.zero, r.data, r.present, r.compressed), strict=True) if on),
+            r.depth,
+        )
         for r in rows
     ]
 
@@ -28,7 +33,12 @@ def brief(rows: list[Status]) -> list[tuple[int, int, str, int]]:
 def test_a_chain_is_followed_and_a_short_backing_ends_in_zeros() -> None:
     graph = Graph()
     top = layer(graph, "top", 40960, [Extent(0, 4096, DATA, 8192), Extent(4096, 36864, UNALLOCATED)])
-    mid = layer(graph, "mid", 20480, [Extent(0, 8192, ZERO), Extent(8192, 4096, SPECIAL, 0, 0, 512), Extent(12288, 8192, UNALLOCATED)])
+    mid = layer(
+        graph,
+        "mid",
+        20480,
+        [Extent(0, 8192, ZERO), Extent(8192, 4096, SPECIAL, 0, 0, 512), Extent(12288, 8192, UNALLOCATED)],
+    )
     base = layer(graph, "base", 16384, [Extent(0, 16384, DATA, 0)])
     top.backing, mid.backing = mid, base
     assert brief(status(top, 0, 40960)) == [

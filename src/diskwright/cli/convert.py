@@ -113,10 +113,10 @@ def run(args: argparse.Namespace) -> int:
         if target.size < total:
             raise Failure("output file is smaller than input file")
         new = not args.existing or args.target_is_zero
-        copy = Conversion(graph, target, wish, interruption, target_zero=new and _reads_zero(target, args))
+        copy = Conversion(graph, target, wish, interruption, total, target_zero=new and _reads_zero(target, args))
         reporter = Reporter.of(args, copy.amount, phase="convert")
         with reporter:
-            copy.run(sources, total)
+            copy.run(sources)
             reporter.phase = "flush"
             _finish(graph, target, wish)
         reporter.end_line()
@@ -189,22 +189,21 @@ class Conversion:
     """The copying, range by range, and how far it has got."""
 
     def __init__(
-        self, graph: Graph, target: Node, wish: Wish, interruption: Interruption, *, target_zero: bool
+        self, graph: Graph, target: Node, wish: Wish, interruption: Interruption, total: int, *, target_zero: bool
     ) -> None:
         from diskwright.engine.rate import RateLimit
 
         self.leases, self.target, self.wish, self.interruption = graph.leases, target, wish, interruption
         self.target_zero = target_zero
         self.rate = RateLimit(wish.speed)
-        self.position, self.total = 0, 0
+        self.position, self.total = 0, total
         self._lock = threading.Lock()
 
     def amount(self) -> Amount:
         return Amount(self.position, self.total)
 
-    def run(self, sources: list[Node], total: int) -> None:
+    def run(self, sources: list[Node]) -> None:
         """Copies the sources one after the other. Raises Failure; the target is then no copy."""
-        self.total = total
         start = 0
         for source in sources:
             base = source.backing if self.target.backing is not None else None

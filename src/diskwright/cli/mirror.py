@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from diskwright.api import GUEST, Mirror, open_target
+from diskwright.api import GUEST, Mirror, format_by_name, open_target
 from diskwright.cli import common
 from diskwright.cli.common import Failure
 from diskwright.cli.progress import Amount, Reporter
 from diskwright.cli.serve import add_listen_arguments, guard, start
 from diskwright.core.disk import Disk
+from diskwright.core.node import below_filters
 from diskwright.errors import JobError, OptionError, message_of
 from diskwright.units import human_size
 
@@ -37,7 +38,9 @@ _POLICIES: Final = ("report", "ignore", "enospc", "stop")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_source(parser)
-    parser.add_argument("-O", "--target-format", metavar="FMT", help="format of the target (default: the source's)")
+    parser.add_argument(
+        "-O", "--target-format", metavar="FMT", help="format of the target (default: by its ending, else the source's)"
+    )
     parser.add_argument("-o", metavar="OPTIONS", action="append", default=[], help="options for creating the target")
     parser.add_argument("-n", "--existing", action="store_true", help="the target exists: write over it")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
@@ -210,7 +213,7 @@ class _Session:
             self.graph,
             args.target,
             self.disk.size,
-            format=args.target_format or self.disk.node.driver_name,
+            format=args.target_format or format_by_name(args.target, below_filters(self.disk.node).driver_name),
             options=options,
             existing=args.existing,
             cache=common.cache_mode(args.target_cache, "cache"),

@@ -210,8 +210,10 @@ class Graph:
             choice = given["backing"]
             if choice is None or choice == "":
                 return
-            backing = self.node(choice) if isinstance(choice, str) else self._open_any(
-                cast(Mapping[str, object], choice), None, below, made, chain
+            backing = (
+                self.node(choice)
+                if isinstance(choice, str)
+                else self._open_any(cast(Mapping[str, object], choice), None, below, made, chain)
             )
         elif hint is None:
             return

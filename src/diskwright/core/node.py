@@ -329,9 +329,7 @@ class FormatNode(Node):
             self._child(child).readv(wanted, nowait=nowait)
         return None
 
-    def _follow(
-        self, run: Extent, buffer: memoryview, direct: list[Segment], others: dict[int, list[Segment]]
-    ) -> None:
+    def _follow(self, run: Extent, buffer: memoryview, direct: list[Segment], others: dict[int, list[Segment]]) -> None:
         """Sorts the runs of one request, of which ``run`` is the first, by where they are read."""
         done, length = 0, len(buffer)
         while True:
@@ -450,9 +448,7 @@ class FormatNode(Node):
             left = source.length - done
             place = offset + done + form.linear if form.linear is not None else form.in_place(offset + done, left)
             if place >= 0:
-                return form.children[form.data_child].copy_from(
-                    place, FilePlace(source.fd, source.offset + done, left)
-                )
+                return form.children[form.data_child].copy_from(place, FilePlace(source.fd, source.offset + done, left))
             reservation = form.reserve(offset + done, left)
             try:
                 done = self._move_in_kernel(reservation, source, done)
@@ -605,6 +601,4 @@ def _by_offset(segment: Segment) -> int:
 
 
 def _zero_segments(offset: int, length: int) -> list[Segment]:
-    return [
-        (offset + start, ZEROS[: min(len(ZEROS), length - start)]) for start in range(0, length, len(ZEROS))
-    ]
+    return [(offset + start, ZEROS[: min(len(ZEROS), length - start)]) for start in range(0, length, len(ZEROS))]

@@ -194,8 +194,11 @@ class Copier:
                     zeros.append((offset + at, length))
 
     def _zero(self, offset: int, length: int) -> None:
+        offset += self.shift
         try:
-            self.target.write_zeros(offset + self.shift, length, unmap=self.unmap)
+            # Asking is much cheaper than zeroing what is zero, and among rewritten data most of it is.
+            if not (self.unmap and lookup(self.target, offset, length) == [(offset, length, ZERO)]):
+                self.target.write_zeros(offset, length, unmap=self.unmap)
         except (OSError, DiskwrightError) as error:
             raise WriteFailed from error
 

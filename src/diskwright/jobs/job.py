@@ -319,7 +319,7 @@ class Job(ABC):
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Inside, no event is delivered: a receiver that waited for the disk in a drained section would wait for ever."""
+        """Inside, no event is delivered: a receiver that wants to use a disk that is drained would wait for ever."""
         with self._cond:
             self._quiet += 1
         try:

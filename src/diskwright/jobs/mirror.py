@@ -400,13 +400,14 @@ class Mirror(Job):
                 if self._try_later or self.should_pause:
                     return False
             self._flush_target()
-            if self._try_later or self.should_pause:
+            if self._try_later or self.should_pause or self.bitmap.granules:
                 return False
             if self._at_end is not None:
                 self._at_end()
             if not self.commit():
                 return False
             self._finished = True
+            self.source.remove_bitmap(self.bitmap)  # what is written from here on is not this job's to count
             self._remove_filter()
             if self._finishing == "pivot":
                 self._pivot()
@@ -414,8 +415,6 @@ class Mirror(Job):
 
     def _pivot(self) -> None:
         with self.graph.drained():  # a disk made since the first one began is not held by it
-            if self.bitmap.granules:
-                raise JobError("The source was written to by a disk that appeared while the mirror was finishing")
             self._check_pivot()
             self.graph.replace(self.source, self.target)
 

@@ -80,7 +80,7 @@ def _compare(scan: Scan, clusters: int) -> int:
     import numpy as np
 
     report, highest, named = scan.report, 0, 0
-    count = min(scan.high, clusters) - scan.low
+    count = max(0, min(scan.high, clusters) - scan.low)
     if scan.low <= clusters < scan.high and scan.references[clusters - scan.low]:
         count += 1
     for start, stop in scan.unknown:
@@ -106,4 +106,4 @@ def _compare(scan: Scan, clusters: int) -> int:
         named += len(differ)
     if named > _NAMED:
         report.say(f"and {named - _NAMED} clusters more whose refcounts are wrong")
-    return scan.low + highest
+    return scan.low + highest if count else 0

@@ -224,7 +224,8 @@ class _Flags:
         single = np.zeros(len(entries), np.bool_)
         single[inside] = scan.refcounts[hosts[inside] - scan.low] == 1
         # Taking the flag away is always safe; giving it is not while refcounts may be too low.
-        mended[inside & ~single] &= np.uint64(~COPIED & (1 << 64) - 1)
+        nowhere = standard & ((hosts > scan.last) | (places & scan.g.cluster_mask != 0))
+        mended[(inside & ~single) | nowhere] &= np.uint64(~COPIED & (1 << 64) - 1)
         if self._trusted:
             mended[inside & single] |= np.uint64(COPIED)
         return mended
