@@ -151,3 +151,20 @@ def test_serving_for_a_while(raw: Path, sock_dir: str) -> None:
         done = qemu_img.qemu_img("info", "--output=json", f"nbd+unix:///?socket={sock_dir}/s")
         server.close()
     assert f'"virtual-size": {SIZE}' in done.stdout
+
+
+def test_a_source_is_never_overwritten_by_its_copy(raw: Path, tmp_path: Path) -> None:
+    expected = raw.read_bytes()
+    link = tmp_path / "link.raw"
+    link.symlink_to(raw)
+    for name in (raw, link):
+        with pytest.raises(diskwright.DiskwrightError):
+            diskwright.convert(raw, name, source_format="raw")
+        done = subprocess.run(
+            [sys.executable, "-m", "diskwright", "convert", "-U", "-f", "raw", "-O", "qcow2", str(raw), str(name)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1 and "would destroy it" in done.stderr
+    assert raw.read_bytes() == expected

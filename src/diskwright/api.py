@@ -100,8 +100,9 @@ def open_target(
     """The node a copy of ``size`` bytes is to be written to, held for the caller: a new image, or with ``existing`` one
     that is there already."""
     if not existing:
-        from diskwright.core.create import create_image
+        from diskwright.core.create import create_image, refuse_to_overwrite
 
+        refuse_to_overwrite(graph, filename)
         create_image(filename, format, {"size": size, **(options or {})}, gate=graph.gate)
     return graph.open(filename, driver=format, writable=True, cache=cache)
 

@@ -1,7 +1,9 @@
-"""Runs this project's command line and, where it is installed, qemu-img, as separate processes."""
+"""Runs this project's command line and, where it is installed, qemu-img."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shutil
 import subprocess
@@ -24,7 +26,24 @@ class Result:
     err: str
 
 
-def diskwright(*words: str, cwd: Path, **more: object) -> Result:
+def diskwright(*words: str, cwd: Path) -> Result:
+    """Runs a command within this process, which saves an interpreter's start; signals are for ``separately``."""
+    from diskwright.cli.main import main
+
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="\n") for _ in range(2))
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(words)
+    texts = []
+    for stream in (out, err):
+        stream.flush()
+        raw = stream.buffer
+        assert isinstance(raw, io.BytesIO)
+        texts.append(raw.getvalue().decode(errors="surrogateescape"))
+    return _result(code, *texts, "diskwright")
+
+
+def separately(*words: str, cwd: Path, **more: object) -> Result:
+    """Runs a command as a process of its own."""
     return _run([sys.executable, "-m", "diskwright.cli.main", *words], "diskwright", cwd, more)
 
 
@@ -62,8 +81,12 @@ def _run(command: list[str], program: str, cwd: Path, more: dict[str, object]) -
     )
     # Not by subprocess's text mode, which would turn the carriage returns of progress lines into newlines.
     out, err = (text.decode(errors="surrogateescape") for text in (done.stdout, done.stderr))
+    return _result(done.returncode, out, err, program)
+
+
+def _result(code: int, out: str, err: str, program: str) -> Result:
     err = err.replace(f"{program}: ", "PROGRAM: ").replace(f"'{program} ", "'PROGRAM ")
-    return Result(done.returncode, out, err)
+    return Result(code, out, err)
 
 
 @cache

@@ -13,7 +13,7 @@ import pytest
 
 from diskwright.cli import main as entry
 from diskwright.cli.common import Failure, Parser, UsageError
-from tests.cli.run import diskwright, environment
+from tests.cli.run import environment, separately
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +118,7 @@ def test_operands_and_options_in_any_order() -> None:
 
 def test_a_name_after_two_hyphens_is_a_name(tmp_path: Path) -> None:
     (tmp_path / "-f").write_bytes(bytes(512))
-    done = diskwright("info", "--output=json", "--", "-f", cwd=tmp_path)
+    done = separately("info", "--output=json", "--", "-f", cwd=tmp_path)
     assert json.loads(done.out)["filename"] == "-f"
 
 

@@ -74,7 +74,9 @@ class Fault:
         self._lock = threading.Lock()
 
     def __call__(self, operation: str, offset: int, length: int) -> None:
-        if operation != self.operation or offset >= self.end or offset + length <= self.offset:
+        if operation != self.operation:
+            return
+        if length and (offset >= self.end or offset + length <= self.offset):
             return
         with self._lock:
             if self.times is not None:

@@ -104,11 +104,12 @@ def until_ready(job: Job) -> None:
 
 
 class Writers:
-    """Threads that go on writing to a disk, each in places of its own, and know what must be read there."""
+    """Threads that go on writing to a disk, each in places of its own, and know what must be read there. The last
+    4 KiB of the disk are left to the test."""
 
     def __init__(self, disk: Disk, threads: int, *, seed: int = 7, pause: float = 0.0, unit: int = 512) -> None:
         self.disk, self.unit, self.pause = disk, unit, pause
-        self.size = disk.size // threads // unit * unit
+        self.size = (disk.size - 4096) // threads // unit * unit
         self.stop = threading.Event()
         self.errors: list[BaseException] = []
         self.writes = 0

@@ -15,7 +15,6 @@ from diskwright.units import SECTOR
 if TYPE_CHECKING:
     from diskwright.core.graph import Graph
     from diskwright.core.node import Node
-    from diskwright.core.status import Status
 
 SUMMARY: Final = "tell whether two images hold the same"
 
@@ -88,7 +87,7 @@ class Comparison:
         sizes_differ = common.guest_size(self.left) != common.guest_size(self.right)
         if self.args.strict and sizes_differ:
             return self._say("Strict mode: Image size mismatch!")
-        common_length = min(self.left.size, self.right.size)
+        common_length = min(common.guest_size(self.left), common.guest_size(self.right))
         try:
             apart = self._allocation(common_length) if self.args.strict else None
             code = self._contents(common_length if apart is None else apart)
@@ -127,8 +126,12 @@ class Comparison:
 
         for offset, step in windows(0, length):
             with self.leases.held():
-                left, right = status(self.left, offset, step), status(self.right, offset, step)
-            at = _first_unlike(left, right)
+                runs = [
+                    [(run.offset, run.end, run.data, run.zero, run.present, run.end == node.size) for run in found]
+                    for node in (self.left, self.right)
+                    for found in (status(node, offset, step),)
+                ]
+            at = _first_unlike(*runs)
             if at is not None:
                 return at
         return None
@@ -149,12 +152,17 @@ class Comparison:
             self.done = min(self.total, self.done + length)
 
 
-def _first_unlike(left: list[Status], right: list[Status]) -> int | None:
+_Run = tuple[int, int, bool, bool, bool, bool]
+"""``(offset, end, data, zero, present, last)``. Whether a run is an image's last counts because it does for
+qemu-img: of two like runs of which one is the last, it tells the beginning and not the end of the shorter one."""
+
+
+def _first_unlike(left: list[_Run], right: list[_Run]) -> int | None:
     """Where two lists of runs of the same range first say something else."""
     i = j = 0
     while i < len(left) and j < len(right):
         mine, theirs = left[i], right[j]
-        if (mine.data, mine.zero, mine.present) != (theirs.data, theirs.zero, theirs.present):
-            return max(mine.offset, theirs.offset)
-        i, j = i + (mine.end <= theirs.end), j + (theirs.end <= mine.end)
+        if mine[2:] != theirs[2:]:
+            return max(mine[0], theirs[0])
+        i, j = i + (mine[1] <= theirs[1]), j + (theirs[1] <= mine[1])
     return None

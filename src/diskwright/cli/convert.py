@@ -94,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
         print(describe_options(args.target_format or "raw", args.names[-1] if args.names else None), end="")
         return 0
     wish = _wish(args, options)
+    from diskwright.core.create import refuse_to_overwrite
+
     with common.graph_of(args) as graph, Interruption() as interruption:
         sources = [
             common.open_image(
@@ -108,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
         ]
         total = sum(common.guest_size(source) for source in sources)
         if not args.existing:
+            refuse_to_overwrite(graph, wish.target)
             _create(wish, total, args.gate)
         target = _open_target(graph, wish, args)
         if target.size < total:

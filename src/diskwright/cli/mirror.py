@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
             format=args.format,
             image_opts=args.image_opts,
             writable=True,
+            force_share=args.force_share,
             cache=common.cache_mode(args.cache, "cache"),
         )
         guard(graph, node, args)

@@ -20,7 +20,8 @@ from diskwright.core import registry
 from diskwright.core.driver import Filter, Format, Storage, not_supported
 from diskwright.core.gate import Gate, resolve
 from diskwright.core.graph import Graph, identity, storage_for
-from diskwright.errors import DiskwrightError, ImageError, ImageLocked, OptionError
+from diskwright.core.node import StorageNode
+from diskwright.errors import DiskwrightError, GraphError, ImageError, ImageLocked, OptionError
 from diskwright.units import MAX_BACKING_NAME
 
 if TYPE_CHECKING:
@@ -112,6 +113,17 @@ class Plan:
     def _open_storage(self, graph: Graph) -> Node:
         values = {"driver": self.storage.name, **self.storage.parse_filename(self.filename)}
         return graph.open(values, writable=True)
+
+
+def refuse_to_overwrite(graph: Graph, filename: str) -> None:
+    """Raises GraphError when making an image called ``filename`` would empty a file that is open in ``graph``. Locks
+    see to that where they are used; a source opened with force-share has none."""
+    if not os.path.exists(filename):
+        return
+    for node in graph.nodes():
+        local = isinstance(node, StorageNode) and os.path.exists(node.filename)
+        if local and os.path.samefile(filename, node.filename):
+            raise GraphError(f"'{filename}' is the source, or part of it: creating it anew would destroy it")
 
 
 def create_image(
