@@ -14,7 +14,7 @@ class Settings:
     rounds: int = 3
     # NBD
     warm_up: float = 0.15
-    seconds: float = 0.7
+    seconds: float = 0.6
     disk: int = 512 << 20
     empty_disk: int = 64 << 30
     structured: bool = False

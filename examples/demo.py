@@ -10,6 +10,7 @@ the source, the file system with e2fsck, and every record that had been flushed 
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -173,7 +174,7 @@ class Writer(threading.Thread):
                     with self._lock:
                         self.flushed = dict(self.latest)
                 time.sleep(PACE)
-        except (ConnectionError, EOFError):
+        except (ConnectionError, EOFError, ShutDown):
             pass  # the mirror has finished, and its server with it
         except RuntimeError as error:
             self.error = str(error)
@@ -181,6 +182,10 @@ class Writer(threading.Thread):
     def note_promised(self) -> None:
         with self._lock:
             self.promised = dict(self.flushed)
+
+
+class ShutDown(Exception):
+    """The server serves no more requests."""
 
 
 class Client:
@@ -211,6 +216,8 @@ class Client:
         self._cookie += 1
         self._socket.sendall(nbd.REQUEST.pack(nbd.REQUEST_MAGIC, 0, kind, self._cookie, offset, length) + data)
         _, error, cookie = nbd.SIMPLE_REPLY.unpack(self._receive(nbd.SIMPLE_REPLY.size))
+        if error == nbd.wire_error(errno.ESHUTDOWN):
+            raise ShutDown
         if error or cookie != self._cookie:
             raise RuntimeError(f"the server answered request {self._cookie} with error {error} for request {cookie}")
 

@@ -50,8 +50,8 @@ _COUNTED_ALIKE = ("leak-at-end", "leak-inside", "refcount-too-low", "refcount-to
 @pytest.mark.parametrize("name", UNOPENABLE)
 def test_images_that_cannot_be_opened(name: str, tmp_path: Path) -> None:
     images.build(name, tmp_path)
-    assert qemu_img("check", "image", cwd=tmp_path).code == 1
-    ours = diskwright("check", "image", cwd=tmp_path)
+    assert qemu_img("check", "-f", "qcow2", "image", cwd=tmp_path).code == 1
+    ours = diskwright("check", "-f", "qcow2", "image", cwd=tmp_path)
     assert (ours.code, ours.out) == (1, "")
     assert ours.err.startswith("PROGRAM: Could not open 'image': ") and ours.err.count("\n") == 1
 

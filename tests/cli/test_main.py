@@ -72,6 +72,7 @@ def test_wrong_command_lines(words: list[str], line: str, capsys: pytest.Capture
         (MemoryError(), 1, "out of memory"),
         (RecursionError("deep"), 1, "something in the command line or an image is nested too deeply"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (ModuleNotFoundError("no", name="nump"), 1, "this needs the Python package 'nump', which is not installed"),
         (KeyError("k"), 1, "internal error: KeyError: 'k' (set DISKWRIGHT_TRACEBACK=1 to see where)"),
         (
             ValueError("two\nlines"),
@@ -122,12 +123,14 @@ def test_a_name_after_two_hyphens_is_a_name(tmp_path: Path) -> None:
     assert json.loads(done.out)["filename"] == "-f"
 
 
-def test_info_loads_neither_numpy_nor_package_metadata(tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [["-f", "raw", "disk.raw"], ["-f", "qcow2", "disk.qcow2"], ["disk.qcow2"]])
+def test_info_loads_neither_numpy_nor_package_metadata(words: list[str], tmp_path: Path) -> None:
     (tmp_path / "disk.raw").write_bytes(bytes(4096))
+    assert entry.main(["create", "-q", "-f", "qcow2", str(tmp_path / "disk.qcow2"), "1M"]) == 0
     program = (
         "import sys\n"
         "from diskwright.cli.main import main\n"
-        "code = main(['info', '-f', 'raw', 'disk.raw'])\n"
+        f"code = main(['info', *{words}])\n"
         "unwanted = ('numpy', 'importlib.metadata', 'asyncio', 'json', 'email', 'shutil')\n"
         "heavy = [name for name in unwanted if name in sys.modules]\n"
         "ours = [name for name in sys.modules if name.startswith('diskwright.cli.')]\n"

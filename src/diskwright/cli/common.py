@@ -201,8 +201,13 @@ def graph_of(args: argparse.Namespace) -> Iterator[Graph]:
     graph = Graph(make_gate(args.gate))
     try:
         yield graph
-    finally:
-        graph.close()
+    except BaseException:
+        try:
+            graph.close()
+        except (DiskwrightError, OSError):
+            pass  # often a consequence of what led here, and that is to be told
+        raise
+    graph.close()
 
 
 def specification(name: str, image_opts: bool) -> str | dict[str, object]:

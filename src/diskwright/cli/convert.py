@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         if target.size < total:
             raise Failure("output file is smaller than input file")
         new = not args.existing or args.target_is_zero
-        copy = Conversion(graph, target, wish, interruption, total, target_zero=new and _reads_zero(target, args))
+        copy = Copying(graph, target, wish, interruption, total, target_zero=new and _reads_zero(target, args))
         reporter = Reporter.of(args, copy.amount, phase="convert")
         with reporter:
             copy.run(sources)
@@ -188,7 +188,7 @@ def _finish(graph: Graph, target: Node, wish: Wish) -> None:
         raise Failure(f"'{wish.target}' is incomplete: {message_of(error)}") from error
 
 
-class Conversion:
+class Copying:
     """The copying, range by range, and how far it has got."""
 
     def __init__(

@@ -117,6 +117,8 @@ def _report(error: BaseException, words: list[str]) -> int:
         text = "out of memory"
     elif isinstance(error, RecursionError):
         text = "something in the command line or an image is nested too deeply"
+    elif isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("diskwright"):
+        text = f"this needs the Python package '{error.name}', which is not installed"
     else:
         detail = " ".join(str(error).split())
         text = f"internal error: {type(error).__name__}: {detail} (set {TRACEBACK}=1 to see where)"

@@ -19,6 +19,7 @@ class InFlight:
         self.bytes = 0
         """What copies in flight will have dealt with when they end; the lock is held for reading it."""
         self._ranges: list[tuple[int, int]] = []
+        self._copies: list[tuple[int, int]] = []  # those of _ranges that are copies
 
     def busy_end(self, start: int, end: int) -> int:
         """The end of a range in flight that overlaps ``[start, end)``; 0 when there is none. The lock is held."""
@@ -34,13 +35,19 @@ class InFlight:
     def add(self, start: int, end: int) -> None:
         """A copy of ``[start, end)`` begins. The lock is held."""
         self._ranges.append((start, end))
+        self._copies.append((start, end))
         self.bytes += end - start
 
     def remove(self, start: int, end: int) -> None:
         """It has ended. The lock is held."""
         self._ranges.remove((start, end))
+        self._copies.remove((start, end))
         self.bytes -= end - start
         self.changed.notify_all()
+
+    def copies(self) -> list[tuple[int, int]]:
+        """The copies in flight as ``(start, end)``. The lock is held."""
+        return list(self._copies)
 
     @contextmanager
     def alone(self, start: int, end: int) -> Iterator[None]:

@@ -176,14 +176,7 @@ class Mirror(Job):
     # -- the work ----------------------------------------------------------------------------------
 
     def run(self) -> None:
-        zeros = self.sync == "full" and (self._zeros_are_there() or self._retried("write", self._zero_target))
-        if zeros:
-            self._untouched = DirtyBitmap(self.source.size, self._unit)
-            self._untouched.set_all()
-        with self.quiet(), self.graph.drained():
-            # A write that began before must not end unseen after the bitmap is there.
-            self.source.add_bitmap(self.bitmap)
-        self._mark_first_pass(zeros)
+        self._begin()
         self._catch_up()
         self.make_ready()
         while not self._finishing:
@@ -195,6 +188,17 @@ class Mirror(Job):
         self._catch_up()
         if self.auto_finalize:
             self._finish()
+
+    def _begin(self) -> None:
+        """From here on the bitmap has everything that has to be copied."""
+        zeros = self.sync == "full" and (self._zeros_are_there() or self._retried("write", self._zero_target))
+        if zeros:
+            self._untouched = DirtyBitmap(self.source.size, self._unit)
+            self._untouched.set_all()
+        with self.quiet(), self.graph.drained():
+            # A write that began before must not end unseen after the bitmap is there.
+            self.source.add_bitmap(self.bitmap)
+        self._mark_first_pass(zeros)
 
     def prepare(self) -> None:
         if not self._finished:
@@ -294,10 +298,11 @@ class Mirror(Job):
         stuck = 0
         while dirty := self.bitmap.dirty_bytes:
             self._rest()
-            self._pass()
+            if not self._pass():
+                continue
             after = self.bitmap.dirty_bytes
             stuck = stuck + 1 if after > dirty * SHRINKS else 0
-            if not self._try_later and stuck and (after <= self._small() or stuck >= PATIENCE):
+            if stuck and (after <= self._small() or stuck >= PATIENCE):
                 if after <= self._small() or not self._finishing:
                     break
                 self.copy_mode = "write-blocking"
@@ -307,28 +312,37 @@ class Mirror(Job):
         """Bytes that are copied in ``LAST_PASS`` seconds."""
         return max(SMALL_REST, int(self._speed_seen * LAST_PASS))
 
-    def _pass(self) -> None:
+    def _pass(self) -> bool:
         """Goes over the disk once, from where the last pass stopped, and copies what is dirty; returns early when there
-        is something else to do."""
+        is something else to do. True when it went over the whole disk without a failure."""
+        whole = self._cursor == 0
         begin, before = monotonic(), self._copied
         self._run(self._copier, limited=True)
         took, moved = monotonic() - begin, self._copied - before
         if moved >= SMALL_REST and took > 0:
             self._speed_seen = moved / took
+        return whole and self._cursor == 0 and not self._try_later
 
     def _run(self, copier: Copier, *, limited: bool) -> None:
         few = self.bitmap.count <= 2 * self._chunk
-        run_plan(
-            copier,
-            self._plan(),
-            workers=1 if few else self._workers,
-            rate=self.rate if limited else None,
-            stop=lambda: self._try_later or (self._interrupted() if limited else self.should_pause),
-            done=self._done,
-            failed=self._failed,
-            clocks=self.clocks,
-            buffers=self._buffers,
-        )
+        try:
+            run_plan(
+                copier,
+                self._plan(),
+                workers=1 if few else self._workers,
+                rate=self.rate if limited else None,
+                stop=self._interrupted if limited else lambda: self.should_pause,
+                done=self._done,
+                failed=self._failed,
+                clocks=self.clocks,
+                buffers=self._buffers,
+            )
+        finally:
+            # An error ends the run in the middle of batches. What is left of them must not keep a guest's write waiting.
+            with self.in_flight.changed:
+                for start, end in self.in_flight.copies():
+                    self.bitmap.mark(start, end - start)
+                    self.in_flight.remove(start, end)
 
     def _plan(self) -> Iterator[tuple[int, int]]:
         """Dirty ranges up to the end of the disk, each taken (cleared, and in flight) as it is handed out. Called by

@@ -197,6 +197,34 @@ def test_a_discard_alone_does_not_free_before_the_next_flush() -> None:
         assert image.format.reserve(K, K).extents[0].file_offset != old
 
 
+def test_what_is_given_up_during_a_flush_waits_for_the_next() -> None:
+    """The flush under way took the tables as they were before."""
+
+    class Interrupted(Tape):
+        meanwhile = staticmethod(lambda: None)
+
+        def flush(self) -> None:
+            super().flush()
+            action, self.meanwhile = self.meanwhile, lambda: None
+            action()
+
+    tape = Interrupted(NEW)
+    with Image(tape) as image:
+        image.disk.pwrite(0, b"a" * K)
+        image.disk.flush()
+        old = image.format.extent_at(0, K).file_offset
+        image.disk.pwrite(K, b"b" * K)
+        tape.meanwhile = lambda: image.format.discard(0, K)
+        image.format.flush()
+        assert image.format.extent_at(0, K).kind == ZERO
+        assert l2_entry(bytes(tape.data), 0) & OFFSET_MASK == old, "in the file it is still there"
+        placed = image.format.reserve(2 * K, K)
+        assert placed.extents[0].file_offset != old
+        placed.publish()
+        image.format.flush()
+        assert image.format.reserve(3 * K, K).extents[0].file_offset == old
+
+
 def test_overlapping_reservations_wait_for_each_other() -> None:
     with Image(Tape(NEW)) as image:
         first = image.format.reserve(K, 2 * K)
@@ -328,6 +356,21 @@ def test_shared_clusters_and_tables_are_copied(tmp_path: Path) -> None:
     qemu("qemu-img", "check", path)
     qemu("qemu-img", "snapshot", "-a", "one", path)
     assert contents(path.read_bytes())[: 8 * K] == b"\1" * 8 * K
+
+
+@needs_qemu
+def test_all_of_a_shared_table_is_copied(tmp_path: Path) -> None:
+    """Only the changed parts of a table are written back; a copy has changed as a whole."""
+    path, far = tmp_path / "image", 400 << 20
+    path.write_bytes(created(size=512 << 20))
+    qemu("qemu-io", "-c", "write -P 1 0 64k", "-c", f"write -P 2 {far} 64k", path)
+    qemu("qemu-img", "snapshot", "-c", "one", path)
+    tape = Tape(path.read_bytes())
+    with Image(tape) as image:
+        image.disk.pwrite(0, b"new")
+    with Image(Tape(bytes(tape.data)), writable=False) as image:
+        assert image.disk.pread(0, 4) == b"new\1" and image.disk.pread(far, 65536) == b"\2" * 65536
+    assert (checked(bytes(tape.data)).corruptions, checked(bytes(tape.data)).leaks) == (0, 0)
 
 
 @needs_qemu

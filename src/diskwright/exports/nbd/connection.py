@@ -1,70 +1,94 @@
 """One NBD client: its thread receives requests and serves them in batches.
 
 All requests in the receive buffer are parsed at once. Reads that follow each other become one ``readv`` and
-one ``sendmsg``, writes one ``writev``. A read that would have to wait for a medium goes to the server's workers,
-so that requests behind it go on; replies may then come in another order, as the protocol allows.
+one ``sendmsg``, writes one ``writev``. What would have to wait for a medium (a read that is not cached, a flush,
+a long zeroing) goes to the connection's own workers, so that requests behind it go on; replies may then come in
+another order, as the protocol allows. The workers are the connection's own because a client that does not take its
+replies blocks whoever sends them: that must hurt nobody else.
 
 A connection takes at most ``RECEIVE`` + ``REPLY`` + one longest request (``units.MAX_REQUEST``) bytes, and
-``MAX_AWAY`` requests of at most ``SENDFILE`` bytes with the workers.
+``MAX_AWAY`` requests of less than ``SENDFILE`` bytes with its workers.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import io
+import logging
 import socket
-import struct
-import termios
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final
 
 from diskwright.core.disk import Disk
-from diskwright.core.driver import FilePlace
 from diskwright.errors import DiskwrightError, ProtocolError, errno_of
-from diskwright.exports.nbd.replies import Buffers, Replies, send_all, send_place
+from diskwright.exports.nbd.places import SENDFILE, Found, Places
+from diskwright.exports.nbd.replies import Buffers, Replies, send_all
 from diskwright.extents import WINDOW
 from diskwright.units import MAX_REQUEST, KiB, MiB
 from diskwright.wire.nbd import constants as c
 from diskwright.wire.nbd.handshake import Chosen
 
 if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
-
     from diskwright.core.status import Status
+
+_log: Final = logging.getLogger(__name__)
 
 RECEIVE: Final = 2 * MiB
 """Receive buffer: a 1 MiB write fits, and 400 writes of 4 KiB."""
 REPLY: Final = 1 * MiB
 """Read data gathered for one sendmsg."""
-SENDFILE: Final = 64 * KiB
-"""Reads from this length on are sent from the file itself; below it copying costs less than the calls."""
 SHORTEST_HOLE: Final = 32 * KiB
 """Zeros that are told as a hole rather than sent."""
+WORKERS: Final = 16
+"""Requests of one client that wait for media at a time: what a disk's own queue makes use of."""
 MAX_AWAY: Final = 64
-"""Requests of one client with the workers at a time; more wait in its socket."""
+"""Requests of one client with its workers or waiting for one; more wait in its socket."""
 MAX_DESCRIPTORS: Final = 4096
 """Runs in one block status reply; a client asks again for what is left out."""
+LAST_ROUNDS: Final = 4
+"""Times a connection still receives when the server closes; a TCP client could go on for ever."""
+PIECE: Final = 64 * MiB
+"""Zeroing and trimming are requests of the disk of at most this length, so that draining need not wait for long.
+A multiple of every format's cluster size."""
+SHORT: Final = 1 * MiB
+"""Zeroing and trimming of more than this goes to a worker."""
 
 _HEADER: Final = c.REQUEST.size
 _FAILURES: Final = (OSError, DiskwrightError, ValueError, MemoryError)
+_FLAGS: Final = {
+    c.CMD_READ: c.CMD_FLAG_FUA | c.CMD_FLAG_DF,
+    c.CMD_WRITE: c.CMD_FLAG_FUA,
+    c.CMD_FLUSH: c.CMD_FLAG_FUA,
+    c.CMD_TRIM: c.CMD_FLAG_FUA,
+    c.CMD_CACHE: c.CMD_FLAG_FUA,
+    c.CMD_WRITE_ZEROES: c.CMD_FLAG_FUA | c.CMD_FLAG_NO_HOLE | c.CMD_FLAG_FAST_ZERO,
+    c.CMD_BLOCK_STATUS: c.CMD_FLAG_FUA | c.CMD_FLAG_REQ_ONE,
+}
+"""Flags a command may carry. FUA means nothing for those that do not write, and is allowed for all."""
 
 _Read = tuple[int, int, int]  # cookie, offset, length
 _Write = tuple[int, int, memoryview]  # cookie, offset, payload
 
 
-class Connection:
-    """One client in its transmission phase. ``serve`` is its whole life; ``hang_up`` may come from any thread."""
+class Ending:
+    """How far a server's end has come: ``closing`` (serve what has arrived), then ``cut`` (wait for no client)."""
 
-    def __init__(
-        self, sock: socket.socket, disk: Disk, read_only: bool, chosen: Chosen, workers: ThreadPoolExecutor
-    ) -> None:
-        self._sock, self._disk, self._read_only = sock, disk, read_only
-        self._workers = workers
+    def __init__(self) -> None:
+        self.closing = False
+        self.cut = threading.Event()
+
+
+class Connection:
+    """One client in its transmission phase. ``serve`` is its whole life."""
+
+    def __init__(self, sock: socket.socket, disk: Disk, read_only: bool, chosen: Chosen, ending: Ending) -> None:
+        self._sock, self._disk, self._read_only, self._ending = sock, disk, read_only, ending
         self._replies = Replies(chosen.structured)
         self._structured, self._contexts = chosen.structured, chosen.base_allocation
         self._send_lock = threading.Lock()
+        self._workers: ThreadPoolExecutor | None = None
         self._away = threading.Semaphore(MAX_AWAY)
         self._buffer = bytearray(RECEIVE)
         self._reply = memoryview(bytearray(REPLY))
@@ -72,7 +96,7 @@ class Connection:
         self._reads: list[_Read] = []
         self._writes: list[_Write] = []
         self._write_flush = False
-        self._outgoing: list[int] = []  # leases of places whose bytes may still lie in the socket
+        self._places = Places(sock, disk)
 
     # -- receiving -------------------------------------------------------------------------------
 
@@ -82,14 +106,14 @@ class Connection:
         try:
             self._receive(rest)
         finally:
-            for _ in range(MAX_AWAY):
-                self._away.acquire()  # all of them: nobody works for this client any more
-            for lease in self._outgoing:
-                self._disk.graph.leases.end(lease)
+            if self._workers is not None:
+                self._workers.shutdown()
+            self._places.end(self._ending.cut)
 
     def _receive(self, rest: bytes) -> None:
         buffer, view = self._buffer, memoryview(self._buffer)
         receive = self._sock.recv_into
+        ending, rounds = self._ending, LAST_ROUNDS
         have = len(rest)
         buffer[:have] = rest
         while True:
@@ -99,8 +123,12 @@ class Connection:
             left = have - at
             if left and at:
                 buffer[:left] = buffer[at:have]
-            if self._outgoing:
-                self._end_leases()
+            if self._places.pending:
+                self._places.wait_for_client()
+            if ending.closing:
+                rounds -= 1
+                if rounds < 0:
+                    return
             got = receive(view[left:])
             if not got:
                 if left:
@@ -115,9 +143,10 @@ class Connection:
         while have - at >= _HEADER:
             magic, flags, kind, cookie, offset, length = unpack(view, at)
             if magic != c.REQUEST_MAGIC:
+                self._flush_batches()
                 raise ProtocolError(f"NBD request magic is {magic:#x}")
             at += _HEADER
-            if kind == c.CMD_READ and 0 < length < SENDFILE:
+            if kind == c.CMD_READ and 0 < length < SENDFILE and flags <= c.CMD_FLAG_FUA:
                 if self._writes:
                     self._do_writes()
                 if self._reply_used + length > REPLY:
@@ -177,19 +206,20 @@ class Connection:
             segments.append((offset, data[at : at + length]))
             at += length
         disk = self._disk
-        token = disk.begin()
         try:
-            disk.readv(segments, nowait=True)
+            token = disk.begin()
+            try:
+                disk.readv(segments, nowait=True)
+            finally:
+                disk.end(token)
         except BlockingIOError:
+            # Outside the gate: whoever waits for a worker inside it would keep a drain waiting for those behind it.
             for read in reads:
                 self._send_away(self._read_alone, *read)
             return
-        except _FAILURES:
-            for read in reads:  # one by one, to tell whose fault it is
-                self._read_alone(*read)
+        except _FAILURES as error:
+            self._reads_failed(reads, error)
             return
-        finally:
-            disk.end(token)
         out: Buffers = []
         header = self._replies.read_header
         for (cookie, offset, length), (_, buffer) in zip(reads, segments, strict=True):
@@ -197,6 +227,14 @@ class Connection:
             out.append(buffer)
         with self._send_lock:
             send_all(self._sock, out)
+
+    def _reads_failed(self, reads: list[_Read], error: BaseException) -> None:
+        """Answers reads of a batch that failed: one by one, to tell whose fault it is."""
+        if len(reads) == 1:
+            self._send(self._replies.failed(reads[0][0], _wire_error(error), True))
+            return
+        for read in reads:
+            self._read_alone(*read)
 
     def _read_alone(self, cookie: int, offset: int, length: int) -> None:
         """One read with a buffer of its own, waiting for the medium."""
@@ -233,105 +271,116 @@ class Connection:
                 return
 
     def _whole_read(self, cookie: int, offset: int, length: int) -> None:
-        """A simple reply, or one chunk: nothing may be sent before all is known to be readable."""
-        place, lease = self._find_place(offset, length)
-        if place is not None and place.length == length:
-            with self._send_lock:
-                self._outgoing.append(lease)
-                send_place(self._sock, self._replies.read_header(cookie, offset, length), place)
-            return
-        self._disk.graph.leases.end(lease)
-        self._read_alone(cookie, offset, length)
+        """A simple reply, or one chunk."""
+        found = self._find_place(offset, length)
+        if found is not None and found.place.length < length:
+            self._places.give_up(found)
+            found = None
+        if found is None:
+            self._read_alone(cookie, offset, length)
+        else:
+            self._send_place(cookie, offset, found, True)
 
     def _data_chunks(self, cookie: int, offset: int, length: int, last: bool) -> bool:
         """One run of data as chunks. False when it ended with an error chunk."""
         end = offset + length
         while offset < end:
-            place, lease = self._find_place(offset, end - offset)
-            if place is None or place.length < SENDFILE:
-                self._disk.graph.leases.end(lease)
+            found = self._find_place(offset, end - offset)
+            if found is None:
                 size = min(end - offset, REPLY)
-                buffer = memoryview(bytearray(size))
-                try:
-                    with self._disk.request():
-                        self._disk.readv([(offset, buffer)])
-                except _FAILURES as error:
-                    self._send(self._replies.failed(cookie, _wire_error(error), True))
-                    return False
-                done = last and offset + size == end
-                with self._send_lock:
-                    send_all(self._sock, [self._replies.read_header(cookie, offset, size, done), buffer])
+                sent = self._send_copied(cookie, offset, size, last and offset + size == end)
             else:
-                size = place.length
-                done = last and offset + size == end
-                with self._send_lock:
-                    self._outgoing.append(lease)
-                    send_place(self._sock, self._replies.read_header(cookie, offset, size, done), place)
+                size = found.place.length
+                sent = self._send_place(cookie, offset, found, last and offset + size == end)
+            if not sent:
+                return False
             offset += size
         return True
 
-    def _find_place(self, offset: int, length: int) -> tuple[FilePlace | None, int]:
-        """Where the bytes lie, with a lease under which that stays so."""
-        lease = self._disk.graph.leases.take()
+    def _send_copied(self, cookie: int, offset: int, length: int, last: bool) -> bool:
+        """A chunk of data, through memory. False when it was an error chunk."""
         try:
+            buffer = memoryview(bytearray(length))
             with self._disk.request():
-                return self._disk.place(offset, length), lease
-        except _FAILURES:
-            return None, lease
-        except BaseException:
-            self._disk.graph.leases.end(lease)
-            raise
+                self._disk.readv([(offset, buffer)])
+        except _FAILURES as error:
+            self._send(self._replies.failed(cookie, _wire_error(error), True))
+            return False
+        with self._send_lock:
+            send_all(self._sock, [self._replies.read_header(cookie, offset, length, last), buffer])
+        return True
 
-    def _end_leases(self) -> None:
-        """sendfile queues the file's own pages, not copies of them. As long as some are in the socket, what they
-        hold must not become another guest range's data, so their leases end only when the queue is empty."""
-        queued = fcntl.ioctl(self._sock.fileno(), termios.TIOCOUTQ, bytes(4))
-        if struct.unpack("i", queued)[0] == 0 or len(self._outgoing) > MAX_AWAY:
-            with self._send_lock:
-                leases, self._outgoing = self._outgoing, []
-            for lease in leases:
-                self._disk.graph.leases.end(lease)
+    def _send_place(self, cookie: int, offset: int, found: Found, last: bool) -> bool:
+        """A chunk of data, or a simple reply, straight from a file. False when the file failed and the client was
+        told so. Raises OSError when it failed in a simple reply: then only hanging up tells the client."""
+        # Never itself the last chunk: an error may still show while it is sent, and needs a chunk to be told in.
+        header = self._replies.read_header(cookie, offset, found.place.length, False)
+        with self._send_lock:
+            error = self._places.send(header, found, pad=self._structured)
+            if error is not None:
+                self._sock.sendall(self._replies.failed(cookie, _wire_error(error), True))
+            elif last and self._structured:
+                self._sock.sendall(self._replies.end_of_read(cookie))
+        return error is None
+
+    def _find_place(self, offset: int, length: int) -> Found | None:
+        try:
+            return self._places.find(offset, length)
+        except _FAILURES:
+            return None  # reading it will fail too, and tell why
 
     # -- writes ----------------------------------------------------------------------------------
 
     def _add_write(self, flags: int, cookie: int, offset: int, payload: memoryview) -> None:
         if self._reads:
             self._do_reads()
-        if flags & c.CMD_FLAG_FUA:
+        if flags:
+            if flags != c.CMD_FLAG_FUA:
+                self._do_writes()
+                self._send(self._replies.failed(cookie, c.wire_error(errno.EINVAL), False))
+                return
             self._write_flush = True
         self._writes.append((cookie, offset, payload))
 
     def _do_writes(self) -> None:
         writes, self._writes = self._writes, []
         flush, self._write_flush = self._write_flush, False
+        if not writes:
+            return
         disk = self._disk
         done = self._replies.done
-        out: Buffers
         if self._read_only:
             denied = c.wire_error(errno.EPERM)
             out = [self._replies.failed(cookie, denied, False) for cookie, _, _ in writes]
         else:
-            token = disk.begin()
             try:
-                disk.writev([(offset, payload) for _, offset, payload in writes if len(payload)])
-                if flush:
-                    disk.flush_node()
+                token = disk.begin()
+                try:
+                    disk.writev([(offset, payload) for _, offset, payload in writes if len(payload)])
+                    if flush:
+                        disk.flush_node()
+                finally:
+                    disk.end(token)
                 out = [done(cookie) for cookie, _, _ in writes]
-            except _FAILURES:
-                out = [self._write_alone(write, flush) for write in writes]
-            finally:
-                disk.end(token)
+            except _FAILURES as error:
+                out = self._writes_failed(writes, flush, error)
         with self._send_lock:
-            send_all(self._sock, [b"".join(out)])
+            self._sock.sendall(b"".join(out))
+
+    def _writes_failed(self, writes: list[_Write], flush: bool, error: BaseException) -> list[bytes]:
+        """Answers for writes of a batch that failed: each is done once more by itself, to tell whose fault it is."""
+        if len(writes) == 1:
+            return [self._replies.failed(writes[0][0], _wire_error(error, errno.ENOSPC), False)]
+        return [self._write_alone(write, flush) for write in writes]
 
     def _write_alone(self, write: _Write, flush: bool) -> bytes:
-        """One write of a batch that failed, once more, to tell whose fault it is; between begin and end."""
         cookie, offset, payload = write
         try:
-            if len(payload):
-                self._disk.writev([(offset, payload)])
-            if flush:
-                self._disk.flush_node()
+            with self._disk.request():
+                if len(payload):
+                    self._disk.writev([(offset, payload)])
+                if flush:
+                    self._disk.flush_node()
             return self._replies.done(cookie)
         except _FAILURES as error:
             return self._replies.failed(cookie, _wire_error(error, errno.ENOSPC), False)
@@ -339,47 +388,63 @@ class Connection:
     # -- the other commands ----------------------------------------------------------------------
 
     def _other(self, flags: int, kind: int, cookie: int, offset: int, length: int) -> None:
-        if kind == c.CMD_READ:
+        if flags & ~_FLAGS.get(kind, 0) or (flags & c.CMD_FLAG_DF and not self._structured):
+            self._refuse(kind, cookie, errno.EINVAL)
+        elif kind == c.CMD_READ:
             if length:
                 self._large_read(flags, cookie, offset, length)
             else:
-                self._send(self._replies.empty_read(cookie))
+                self._send(self._replies.end_of_read(cookie))
         elif kind == c.CMD_BLOCK_STATUS:
             self._block_status(flags, cookie, offset, length)
         elif kind == c.CMD_FLUSH:
             # Out of the way of reads: a flush takes milliseconds.
-            self._send_away(self._run, cookie, self._disk.flush_node)
+            self._send_away(self._run, cookie, self._flush)
         elif kind in (c.CMD_TRIM, c.CMD_WRITE_ZEROES):
             self._zero_or_trim(flags, kind, cookie, offset, length)
-        elif kind == c.CMD_CACHE:
-            fits = offset + length <= self._disk.size
-            self._send(
-                self._replies.done(cookie)
-                if fits
-                else self._replies.failed(cookie, c.wire_error(errno.EINVAL), False)
-            )
+        elif kind == c.CMD_CACHE and offset + length <= self._disk.size:
+            self._send(self._replies.done(cookie))
         else:
-            self._send(self._replies.failed(cookie, c.wire_error(errno.EINVAL), False))
+            self._refuse(kind, cookie, errno.EINVAL)
+
+    def _refuse(self, kind: int, cookie: int, number: int) -> None:
+        chunk = kind in (c.CMD_READ, c.CMD_BLOCK_STATUS)
+        self._send(self._replies.failed(cookie, c.wire_error(number), chunk))
 
     def _zero_or_trim(self, flags: int, kind: int, cookie: int, offset: int, length: int) -> None:
-        def work() -> None:
-            if self._read_only:
-                raise io.UnsupportedOperation("read-only")
-            if kind == c.CMD_TRIM:
-                self._disk.discard(offset, length)
-            else:
-                unmap, fast = not flags & c.CMD_FLAG_NO_HOLE, bool(flags & c.CMD_FLAG_FAST_ZERO)
-                self._disk.write_zeros(offset, length, unmap=unmap, fast=fast)
-            if flags & c.CMD_FLAG_FUA:
-                self._disk.flush_node()
+        if self._read_only:
+            self._refuse(kind, cookie, errno.EPERM)
+        elif offset + length > self._disk.size:
+            self._refuse(kind, cookie, errno.EINVAL if kind == c.CMD_TRIM else errno.ENOSPC)
+        elif length <= SHORT:
+            self._run(cookie, self._change, flags, kind, offset, length)
+        else:
+            self._send_away(self._run, cookie, self._change, flags, kind, offset, length)
 
-        self._run(cookie, work)
+    def _change(self, flags: int, kind: int, offset: int, length: int) -> None:
+        disk, end = self._disk, offset + length
+        unmap, fast = not flags & c.CMD_FLAG_NO_HOLE, bool(flags & c.CMD_FLAG_FAST_ZERO)
+        # What is fast needs no pieces, and has to be refused before anything has changed.
+        piece = length if fast else PIECE
+        while offset < end:
+            stop = end if fast else min(end, offset - offset % piece + piece)
+            with disk.request():
+                if kind == c.CMD_TRIM:
+                    disk.discard(offset, stop - offset)
+                else:
+                    disk.write_zeros(offset, stop - offset, unmap=unmap, fast=fast)
+            offset = stop
+        if flags & c.CMD_FLAG_FUA:
+            self._flush()
 
-    def _run(self, cookie: int, work: Callable[[], None]) -> None:
-        """Does ``work`` as a request of the disk, and answers."""
+    def _flush(self) -> None:
+        with self._disk.request():
+            self._disk.flush_node()
+
+    def _run(self, cookie: int, work: Callable[..., None], *arguments: object) -> None:
+        """Does ``work``, and answers."""
         try:
-            with self._disk.request():
-                work()
+            work(*arguments)
             reply = self._replies.done(cookie)
         except _FAILURES as error:
             reply = self._replies.failed(cookie, _wire_error(error, errno.ENOSPC), False)
@@ -415,22 +480,34 @@ class Connection:
             self._sock.sendall(reply)
 
     def _send_away(self, work: Callable[..., None], *arguments: object) -> None:
-        """Hands work to the server's workers; waits while this client has too much with them already."""
+        """Hands work to the workers; waits while this client has too much with them already. Never call it inside
+        the disk's gate."""
         self._away.acquire()
-
-        def run() -> None:
-            try:
-                work(*arguments)
-            except OSError:
-                pass  # the client is gone; its own thread finds out too
-            finally:
-                self._away.release()
-
         try:
-            self._workers.submit(run)
+            if self._workers is None:
+                self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="nbd-worker")
+            self._workers.submit(self._work, work, arguments)
         except BaseException:
             self._away.release()
             raise
+
+    def _work(self, work: Callable[..., None], arguments: tuple[object, ...]) -> None:
+        try:
+            work(*arguments)
+        except OSError:
+            pass  # the client is gone; its own thread finds out too
+        except BaseException:
+            # A request without an answer would keep the client waiting for ever.
+            _log.exception("An NBD request failed")
+            self._hang_up()
+        finally:
+            self._away.release()
+
+    def _hang_up(self) -> None:
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # it is gone already
 
 
 def _worthwhile(rows: list[Status]) -> list[tuple[int, int, bool]]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Sequence
 from typing import Final
 
-from diskwright.core.driver import FilePlace
 from diskwright.wire.nbd import constants as c
 
 IOV_MAX: Final = 1000
@@ -32,7 +30,7 @@ class Replies:
         return _simple(c.SIMPLE_REPLY_MAGIC, 0, cookie)
 
     def failed(self, cookie: int, error: int, is_read: bool) -> bytes:
-        """A request has failed with a wire error. A structured read's failure has to be a chunk."""
+        """A request has failed with a wire error. A structured read or block status fails with a chunk."""
         if self.structured and is_read:
             return _ERROR.pack(c.CHUNK_MAGIC, c.CHUNK_DONE, c.CHUNK_ERROR, cookie, 6, error, 0)
         return _simple(c.SIMPLE_REPLY_MAGIC, error, cookie)
@@ -48,7 +46,8 @@ class Replies:
         flags = c.CHUNK_DONE if last else 0
         return c.HOLE_CHUNK.pack(c.CHUNK_MAGIC, flags, c.CHUNK_OFFSET_HOLE, cookie, 12, offset, length)
 
-    def empty_read(self, cookie: int) -> bytes:
+    def end_of_read(self, cookie: int) -> bytes:
+        """After chunks of which none was the last; also the whole reply to a read of nothing."""
         if self.structured:
             return c.CHUNK.pack(c.CHUNK_MAGIC, c.CHUNK_DONE, c.CHUNK_NONE, cookie, 0)
         return _simple(c.SIMPLE_REPLY_MAGIC, 0, cookie)
@@ -72,17 +71,3 @@ def send_all(sock: socket.socket, buffers: Buffers) -> None:
             else:
                 sock.sendall(memoryview(buffer)[sent:])
                 sent = 0
-
-
-def send_place(sock: socket.socket, header: bytes, place: FilePlace) -> None:
-    """Sends ``header`` and then the bytes of ``place`` without touching them. Raises OSError; also when the
-    file has become shorter, because what the header promised cannot be sent any more."""
-    out = sock.fileno()
-    sock.sendall(header, socket.MSG_MORE)
-    offset, left = place.offset, place.length
-    while left:
-        sent = os.sendfile(out, place.fd, offset, left)
-        if not sent:
-            raise ConnectionAbortedError("The image became shorter while it was read")
-        offset += sent
-        left -= sent

@@ -8,14 +8,14 @@ import select
 import socket
 import stat
 import threading
-from concurrent.futures import ThreadPoolExecutor
+import time
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote
 
 from diskwright.core.disk import Disk
 from diskwright.errors import GraphError, ProtocolError
-from diskwright.exports.nbd.connection import Connection
+from diskwright.exports.nbd.connection import Connection, Ending
 from diskwright.units import KiB
 from diskwright.wire.nbd import constants as c
 from diskwright.wire.nbd.handshake import CLOSED, TRANSMISSION, ExportInfo, ServerHandshake
@@ -23,12 +23,11 @@ from diskwright.wire.nbd.handshake import CLOSED, TRANSMISSION, ExportInfo, Serv
 _log: Final = logging.getLogger(__name__)
 
 HANDSHAKE_TIMEOUT: Final = 10.0
-"""Seconds a client may take to agree; a slow network needs one."""
-WORKERS: Final = 16
-"""Requests that wait for media at a time, over all clients: what a disk's own queue makes use of."""
+"""Seconds a client may take for the whole handshake; a slow network needs one."""
 CLOSE_TIMEOUT: Final = 30.0
 """Seconds clients have to take their last replies when the server closes."""
 _BACKLOG: Final = 128
+_ACCEPT_PAUSE: Final = 0.05
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class NbdServer:
         self._unix_paths: list[tuple[str, int]] = []
         self._lock = threading.Condition(threading.Lock())
         self._clients: dict[socket.socket, threading.Thread] = {}
-        self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="nbd-worker")
+        self._ending = Ending()
         self._acceptor: threading.Thread | None = None
         self._wake, self._woken = os.pipe2(os.O_CLOEXEC)[::-1]
         self._closing = False
@@ -139,19 +138,22 @@ class NbdServer:
         for path, inode in self._unix_paths:
             _unlink_own(path, inode)
         self._end_clients(timeout)
-        self._workers.shutdown()
         os.close(self._wake)
         os.close(self._woken)
 
     def _end_clients(self, timeout: float) -> None:
         with self._lock:
+            threads = list(self._clients.values())
+            self._ending.closing = True
             # Reading ends: what is in the buffers is still served.
             for client in self._clients:
                 _shut(client, socket.SHUT_RD)
             if not self._lock.wait_for(lambda: not self._clients, timeout):
+                self._ending.cut.set()
                 for client in self._clients:
                     _shut(client, socket.SHUT_RDWR)
-                self._lock.wait_for(lambda: not self._clients)
+        for thread in threads:
+            thread.join()
 
     # -- clients ---------------------------------------------------------------------------------
 
@@ -173,7 +175,7 @@ class NbdServer:
         except OSError as error:
             # Gone again already, or no descriptors left: neither is a reason to stop serving the others.
             _log.warning("Could not accept an NBD client: %s", error)
-            threading.Event().wait(0.01)
+            time.sleep(_ACCEPT_PAUSE)
             return
         client.setblocking(True)
         with self._lock:
@@ -183,7 +185,12 @@ class NbdServer:
                 return
             thread = threading.Thread(target=self._serve, args=(client,), name="nbd-client", daemon=True)
             self._clients[client] = thread
-        thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:
+                del self._clients[client]
+                client.close()
+                _log.warning("Could not start a thread for an NBD client: %s", error)
 
     def _serve(self, client: socket.socket) -> None:
         try:
@@ -201,9 +208,11 @@ class NbdServer:
     def _converse(self, client: socket.socket) -> None:
         if client.family != socket.AF_UNIX:
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host that died frees its place
         with self._lock:
             exports = dict(self._exports)
         shake = ServerHandshake({name: export.info() for name, export in exports.items()})
+        deadline = time.monotonic() + self._timeout
         client.settimeout(self._timeout)
         client.sendall(shake.greeting())
         while shake.state not in (TRANSMISSION, CLOSED):
@@ -211,6 +220,10 @@ class NbdServer:
             if not data:
                 return
             answer = shake.feed(data)
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f"no agreement within {self._timeout:g} seconds")
+            client.settimeout(left)  # for all of it together: a byte now and then must not keep a place
             if answer:
                 client.sendall(answer)
         if shake.chosen is None:
@@ -218,7 +231,7 @@ class NbdServer:
         client.settimeout(None)
         export = exports[shake.chosen.name]
         read_only = export.read_only or export.disk.read_only
-        Connection(client, export.disk, read_only, shake.chosen, self._workers).serve(shake.rest)
+        Connection(client, export.disk, read_only, shake.chosen, self._ending).serve(shake.rest)
 
 
 def _shut(client: socket.socket, how: int) -> None:
@@ -236,6 +249,7 @@ def _remove_stale(path: str) -> None:
     except OSError:
         return
     with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)  # a server with a full queue is there too
         try:
             probe.connect(path)
         except ConnectionRefusedError:

@@ -175,6 +175,9 @@ class ServerHandshake:
             self._enter(name)
 
     def _meta_context(self, option: int, data: bytes, out: bytearray) -> None:
+        listing = option == c.OPT_LIST_META_CONTEXT
+        if not listing:
+            self._context_for = None  # what was set before is gone, also when this fails
         parsed = _parse_meta(data)
         if parsed is None or not self._structured:
             why = "malformed request" if parsed is None else "negotiate structured replies first"
@@ -184,11 +187,10 @@ class ServerHandshake:
         if name not in self._exports:
             self._refuse(out, option, c.REP_ERR_UNKNOWN, f"export '{name}' not present")
             return
-        listing = option == c.OPT_LIST_META_CONTEXT
         fits = c.BASE_ALLOCATION in queries or (listing and (not queries or "base:" in queries))
-        if not listing:
-            self._context_for = name if fits else None
         if fits:
+            if not listing:
+                self._context_for = name
             number = 0 if listing else c.BASE_ALLOCATION_ID
             self._reply(out, option, c.REP_META_CONTEXT, pack(">I", number) + c.BASE_ALLOCATION.encode())
         self._reply(out, option, c.REP_ACK)
