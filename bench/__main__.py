@@ -51,6 +51,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="write all figures, of every round, to this file")
     parser.add_argument("--dir", metavar="DIR", help="work in a new folder in this one (default: the temporary folder)")
     parser.add_argument("--rounds", metavar="N", type=int, help="rounds of every measurement")
+    parser.add_argument("--match", metavar="TEXT", default="", help="only configurations with TEXT in their name")
     parser.add_argument("--structured", action="store_true", help="nbd: negotiate structured replies")
     parser.add_argument("--one-by-one", action="store_true", help="nbd: send each request with its own system call")
     parser.add_argument("--fio", action="store_true", help="nbd: load from fio instead")
@@ -63,7 +64,8 @@ def _settings(given: argparse.Namespace) -> Settings:
         if given.rounds < 1:
             raise SystemExit("--rounds must be 1 or more")
         settings = dataclasses.replace(settings, rounds=given.rounds, mirror_rounds=given.rounds)
-    return dataclasses.replace(settings, structured=given.structured, one_by_one=given.one_by_one, fio=given.fio)
+    words = {name: getattr(given, name) for name in ("match", "structured", "one_by_one", "fio")}
+    return dataclasses.replace(settings, **words)
 
 
 if __name__ == "__main__":

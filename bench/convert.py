@@ -70,7 +70,7 @@ def run(settings: Settings, folder: str, report: Report) -> None:
         for cache, rounds in (("unsafe", settings.rounds), ("writeback", settings.durable_rounds)):
             for source_format, target_format in PAIRS:
                 task = Task(sources[source_format], source_format, target, target_format, cache)
-                if rounds:
+                if rounds and settings.wanted(task.name):
                     results[task] = _measure(task, rounds, report)
         _tabulate(settings, results, report)
 

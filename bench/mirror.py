@@ -19,6 +19,7 @@ from tests.peers.process import run as run_peer
 from tests.peers.qmp import QmpError
 
 from bench import images
+from bench.client import ServerError
 from bench.mirrorers import MIRRORERS, Mirrorer, MirrorFailed
 from bench.paced import Paced
 from bench.pool import LoadFailed, Pool
@@ -31,7 +32,7 @@ from bench.workspace import flush, require_room, subfolder
 
 PAIRS: Final = (("raw", "raw"), ("raw", "qcow2"), ("qcow2", "raw"))
 _COMPARE_TIMEOUT: Final = 600.0
-_FAILURES: Final = (PeerError, MissingPeer, QmpError, MirrorFailed, LoadFailed, OSError)
+_FAILURES: Final = (PeerError, MissingPeer, QmpError, MirrorFailed, LoadFailed, ServerError, OSError)
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def run(settings: Settings, folder: str, report: Report) -> None:
                 sources = _sources(here, master, fmt)
                 for source_format, target_format in PAIRS:
                     for rate in (0.0, settings.writes_per_second):
-                        if source_format == fmt:
-                            task = Task(source_format, target_format, rate)
+                        task = Task(source_format, target_format, rate)
+                        if source_format == fmt and settings.wanted(task.name):
                             results[task] = _measure(task, sources, pool, settings, report)
         _tabulate(settings, results, report)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
 
@@ -13,6 +13,7 @@ from tests.peers import MissingPeer
 from tests.peers.process import PeerError
 
 from bench import images
+from bench.client import ServerError
 from bench.expected import Expected, WrongData, check_tables
 from bench.fio import fio_turn
 from bench.goals import nbd_goal, verdict
@@ -27,7 +28,7 @@ from bench.workspace import require_room, settle, subfolder
 
 MOST_CONNECTIONS: Final = 4
 _QEMU: Final = (QEMU_THREADS, QEMU_URING)
-_FAILURES: Final = (LoadFailed, PeerError, MissingPeer, OSError, WrongData)
+_FAILURES: Final = (LoadFailed, PeerError, MissingPeer, OSError, ServerError, WrongData)
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,6 @@ class Bench:
 
 def lane_of(work: Workload, lane: int, lanes: int) -> Workload:
     """The workload of one of several connections, as the pool deals them out."""
-    from dataclasses import replace
-
     return replace(work, lane=lane, lanes=lanes)
 
 
@@ -135,6 +134,8 @@ def run(settings: Settings, folder: str, report: Report) -> None:
 
 def _allocated(bench: Bench, fmt: str, reference: str) -> None:
     """Servers side by side, each on its own copy of an image full of random data."""
+    if not _wanted(bench, f"{fmt}, ", cases(bench.settings)):
+        return
     kinds = [kind for kind in KINDS if fmt in kind.formats]
     size = bench.settings.disk
     with subfolder(bench.folder, fmt) as place, ExitStack() as stack:
@@ -158,7 +159,7 @@ def _allocated(bench: Bench, fmt: str, reference: str) -> None:
                 bench.report.failure(f"nbd {fmt}", kind.name, error)
                 bench.dead[kind.name] = str(error)
         results = {}
-        for case in cases(bench.settings):
+        for case in _wanted(bench, f"{fmt}, ", cases(bench.settings)):
             turns: dict[str, Callable[[], Sample]] = {
                 name: partial(bench.turn, server, case, size, expected[name])
                 for name, server in servers.items()
@@ -169,7 +170,8 @@ def _allocated(bench: Bench, fmt: str, reference: str) -> None:
         for server in servers.values():
             server.stop()
         for name, server in servers.items():
-            _check_after(bench, fmt, server, expected[name])
+            if name not in bench.dead:
+                _check_after(bench, fmt, server, expected[name], results)
         _tabulate(bench, f"NBD, {fmt}, allocated", f"nbd {fmt}", kinds, results, peaks)
 
 
@@ -178,7 +180,7 @@ def _allocating(bench: Bench) -> None:
     kinds = [kind for kind in KINDS if "qcow2" in kind.formats]
     peaks: dict[str, int] = {}
     results = {}
-    for case in allocating_cases(bench.settings):
+    for case in _wanted(bench, "qcow2, empty, ", allocating_cases(bench.settings)):
         turns: dict[str, Callable[[], Sample]] = {
             kind.name: partial(_allocating_turn, bench, kind, case, peaks)
             for kind in kinds
@@ -203,6 +205,10 @@ def _allocating_turn(bench: Bench, kind: Kind, case: Case, peaks: dict[str, int]
         return sample
 
 
+def _wanted(bench: Bench, prefix: str, found: Iterator[Case]) -> list[Case]:
+    return [case for case in found if bench.settings.wanted(prefix + case.name)]
+
+
 def _play(bench: Bench, part: str, case: Case, turns: dict[str, Callable[[], Sample]]) -> dict[str, Series]:
     say(f"{part}: {case.name}")
     results = play(turns, bench.settings.rounds, expected=_FAILURES)
@@ -213,8 +219,10 @@ def _play(bench: Bench, part: str, case: Case, turns: dict[str, Callable[[], Sam
     return results
 
 
-def _check_after(bench: Bench, fmt: str, server: NbdServer, expected: Expected) -> None:
-    """Compares all that the server has left with all that it was told to write."""
+def _check_after(
+    bench: Bench, fmt: str, server: NbdServer, expected: Expected, results: dict[Case, dict[str, Series]]
+) -> None:
+    """Compares all that the server has left with all that it was told to write. Who lost data has no figures at all."""
     say(f"nbd {fmt}: checking what {server.kind.name} has written")
     try:
         if not bench.settings.fio:  # fio's writes are its own
@@ -224,6 +232,8 @@ def _check_after(bench: Bench, fmt: str, server: NbdServer, expected: Expected) 
     except _FAILURES as error:
         bench.dead[server.kind.name] = str(error)
         bench.report.failure(f"nbd {fmt}, afterwards", server.kind.name, error)
+        for series in results.values():
+            series[server.kind.name].failure = str(error)
 
 
 def _tabulate(
@@ -234,6 +244,9 @@ def _tabulate(
     results: dict[Case, dict[str, Series]],
     peaks: dict[str, int],
 ) -> None:
+    if not results:
+        return
+    title += _manner(bench.settings)
     names = [kind.name for kind in kinds]
     rows, costs, records = [], [], []
     for case, series in results.items():
@@ -258,6 +271,13 @@ def _tabulate(
         memory = ["peak memory", *(mebibytes(peaks.get(name)) for name in names)]
         bench.report.table(table(f"{title}: memory", head, [memory]))
     bench.report.add(part, {"cases": records, "peak_bytes": peaks, "failures": dict(bench.dead)})
+
+
+def _manner(settings: Settings) -> str:
+    """What is not as usual, for a title."""
+    if settings.fio:
+        return ", load from fio"
+    return ", structured replies" * settings.structured + ", one by one" * settings.one_by_one
 
 
 def _unit(case: Case) -> str:

@@ -102,9 +102,10 @@ def _drive(pipe: Pipe, connection: Connection, paced: Paced) -> PacedOutcome:
             if connection.socket.fileno() in readable:
                 received = _take(received + connection.socket.recv(1 << 16), flying, result)
     except (ConnectionError, ServerGone):
-        if not paced.may_close or told:
+        if not paced.may_close:
             raise
-    pipe.recv()  # the word to stop is still to come
+    if not told:
+        pipe.recv()  # the word to stop is still to come
     return result
 
 

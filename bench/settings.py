@@ -11,6 +11,7 @@ class Settings:
     """Sizes in bytes, times in seconds."""
 
     quick: bool
+    match: str = ""  # only configurations with this in their name
     rounds: int = 3
     # NBD
     warm_up: float = 0.15
@@ -28,6 +29,10 @@ class Settings:
     # check
     table_disk: int = 1 << 40
     start_rounds: int = 15
+
+    def wanted(self, name: str) -> bool:
+        """Whether a configuration of this name is to be measured."""
+        return self.match.lower() in name.lower()
 
 
 FULL: Final = Settings(quick=False)

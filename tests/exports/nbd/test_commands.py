@@ -103,8 +103,11 @@ def test_requests_of_nothing(sock_dir: str, structured: bool, kind: int) -> None
 @BOTH
 @pytest.mark.parametrize(
     "kind, flags",
-    [(READ, 2), (READ, 32), (READ, 0x8000), (WRITE, DF), (WRITE, NO_HOLE | FUA), (WRITE, 0x100), (FLUSH, 2), (TRIM, 2)]
-    + [(CACHE, DF), (ZEROES, DF), (ZEROES, 32), (STATUS, DF), (STATUS, 16), (8, 0), (77, 0), (0xFFFF, 0xFFFF)],
+    [
+        *((READ, 2), (READ, 32), (READ, 0x8000), (WRITE, DF), (WRITE, NO_HOLE | FUA), (WRITE, 0x100), (FLUSH, 2)),
+        *((TRIM, 2), (CACHE, DF), (ZEROES, DF), (ZEROES, 32), (STATUS, DF), (STATUS, 16)),
+        *((8, 0), (77, 0), (0xFFFF, 0xFFFF)),
+    ],
 )
 def test_unknown_commands_and_flags(sock_dir: str, structured: bool, kind: int, flags: int) -> None:
     medium = Medium(MIB)

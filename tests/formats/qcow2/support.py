@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import struct
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from diskwright.core.disk import Disk
 from diskwright.core.driver import OpenContext, Segments, Storage
@@ -21,8 +19,10 @@ from diskwright.formats.qcow2 import Qcow2
 from diskwright.formats.qcow2.header import Header, read_header
 from diskwright.formats.qcow2.layout import OFFSET_MASK
 from diskwright.formats.qcow2.options import Qcow2CreateOptions, Qcow2Options
+from tests.peers import find
 
-needs_qemu = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img is not installed")
+LONG = os.environ.get("DISKWRIGHT_LONG", "") not in ("", "0")
+"""Whether this is a longer campaign: random tests then go through many more cases."""
 
 Change = tuple[str, int, bytes]
 """``("write", offset, data)``, ``("size", size, b"")`` or ``("flush", 0, b"")``."""
@@ -175,7 +175,8 @@ def poked(data: bytes, offset: int, value: int, width: int = 8) -> bytes:
 
 def qemu(*arguments: object) -> str:
     """Runs one of QEMU's tools to its end. It fails the test when it fails."""
-    done = subprocess.run([str(a) for a in arguments], capture_output=True, text=True, timeout=120, check=False)
+    command = [find(str(arguments[0])), *map(str, arguments[1:])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
     return done.stdout
 
@@ -183,7 +184,11 @@ def qemu(*arguments: object) -> str:
 def qemu_check(path: Path) -> Mapping[str, int]:
     """The numbers of ``qemu-img check``; those it leaves out are 0."""
     done = subprocess.run(
-        ["qemu-img", "check", "--output=json", str(path)], capture_output=True, text=True, timeout=120, check=False
+        [find("qemu-img"), "check", "--output=json", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     found = json.loads(done.stdout)
     names = (

@@ -15,6 +15,7 @@ from diskwright.errors import DiskwrightError, LimitExceeded
 from diskwright.formats.qcow2 import scan
 from diskwright.formats.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK
 from tests.formats.qcow2.support import (
+    LONG,
     Image,
     Tape,
     checked,
@@ -24,12 +25,12 @@ from tests.formats.qcow2.support import (
     header_of,
     l1_of,
     l2_entry_place,
-    needs_qemu,
     our_check,
     poked,
     qemu,
     qemu_check,
 )
+from tests.peers import find
 
 K = 4096
 BASES = {
@@ -57,7 +58,9 @@ def base(name: str, folder: Path) -> bytes:
         at, length = chance.randrange(size - 70000), chance.randrange(1, 70000)
         source[at : at + length] = chance.randbytes(length) if i % 2 else (b"abc" * 25000)[:length]
     raw.write_bytes(source)
-    qemu("qemu-img", "convert", *(["-c"] if squeezed else []), "-O", "qcow2", "-o", f"cluster_size={options}", raw, path)
+    qemu(
+        "qemu-img", "convert", *(["-c"] if squeezed else []), "-O", "qcow2", "-o", f"cluster_size={options}", raw, path
+    )
     qemu("qemu-io", "-c", "write -P 3 0 64k", "-c", "write -z 64k 64k", path) if "0.10" not in options else None
     if snapshots:
         qemu("qemu-img", "snapshot", "-c", "one", path)
@@ -75,7 +78,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("bases")
 
 
-@needs_qemu
 @pytest.mark.parametrize("name", BASES)
 def test_sound_images(name: str, folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "image"
@@ -107,7 +109,9 @@ def damage(data: bytes, chance: random.Random) -> bytes:
         value = int.from_bytes(changed[at : at + 8], "big")
         way = chance.random()
         if way < 0.5:
-            value ^= 1 << chance.choice((0, 1, 4, 8, 9, 10, 12, 16, 17, 20, 21, 22, 25, 30, 40, 54, 55, 56, 58, 61, 62, 63))
+            value ^= 1 << chance.choice(
+                (0, 1, 4, 8, 9, 10, 12, 16, 17, 20, 21, 22, 25, 30, 40, 54, 55, 56, 58, 61, 62, 63)
+            )
         elif way < 0.6:
             value = 0
         elif way < 0.8:
@@ -125,29 +129,27 @@ def damage(data: bytes, chance: random.Random) -> bytes:
     return bytes(changed)
 
 
-@needs_qemu
 @pytest.mark.parametrize("name", BASES)
 def test_damage_is_counted_as_qemu_counts_it(name: str, folder: Path, tmp_path: Path) -> None:
     chance, path = random.Random(name), tmp_path / "image"
-    for turn in range(20):
+    for turn in range(300 if LONG else 12):
         data = damage(base(name, folder), chance)
         path.write_bytes(data)
         try:
             ours = our_check(checked(data))
         except DiskwrightError:
-            command = ["qemu-img", "check", "--output=json", str(path)]
+            command = [find("qemu-img"), "check", "--output=json", str(path)]
             assert subprocess.run(command, capture_output=True, check=False).returncode == 1, turn
             continue
         assert ours == qemu_check(path), turn
 
 
-@needs_qemu
 @pytest.mark.parametrize("repair", ["leaks", "all"])
 @pytest.mark.parametrize("name", BASES)
 def test_repair_of_random_damage(name: str, repair: str, folder: Path, tmp_path: Path) -> None:
     """Whatever is left after a repair, QEMU sees the same; and it never is more than what QEMU leaves."""
     chance, path, other = random.Random(name + repair), tmp_path / "image", tmp_path / "other"
-    for turn in range(8):
+    for turn in range(100 if LONG else 5):
         data = damage(base(name, folder), chance)
         if len(data) != len(base(name, folder)):
             continue  # cut off or longer: QEMU's own repairs change the file's size on their way
@@ -161,7 +163,9 @@ def test_repair_of_random_damage(name: str, repair: str, folder: Path, tmp_path:
         other.write_bytes(data)
         after = qemu_check(path)
         assert (after["corruptions"], after["leaks"]) == (report.corruptions, report.leaks), turn
-        done = subprocess.run(["qemu-img", "check", "-q", "-r", repair, str(other)], capture_output=True, check=False)
+        done = subprocess.run(
+            [find("qemu-img"), "check", "-q", "-r", repair, str(other)], capture_output=True, check=False
+        )
         astray = any(entry & OFFSET_MASK & (1 << header_of(data).cluster_bits) - 1 for entry in l1_of(data))
         if done.returncode in (0, 2, 3) and not astray:  # QEMU changes flags in what is no table at all
             theirs = qemu_check(other)
@@ -269,11 +273,8 @@ def test_a_read_only_image_cannot_be_repaired() -> None:
 # -- windows and batches ---------------------------------------------------------------------------------------
 
 
-@needs_qemu
 @pytest.mark.parametrize("name", ["4k compressed with snapshots", "512 compressed", "4k refcounts of a bit"])
-def test_small_windows_and_batches_give_the_same(
-    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_small_windows_and_batches_give_the_same(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chance = random.Random(name)
     for _ in range(6):
         data = damage(base(name, folder), chance)

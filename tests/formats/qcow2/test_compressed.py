@@ -16,7 +16,7 @@ from diskwright.extents import Extent
 from diskwright.formats.qcow2 import compressed
 from diskwright.formats.qcow2.compressed import Decoder
 from diskwright.formats.qcow2.layout import COMPRESSED, COPIED
-from tests.formats.qcow2.support import Image, Tape, contents, created, header_of, needs_qemu, qemu
+from tests.formats.qcow2.support import Image, Tape, contents, created, header_of, qemu
 
 K = 65536
 
@@ -31,7 +31,6 @@ def source(cluster_size: int) -> bytes:
     return b"".join(clusters)[: 8 << 20] + b"the end".ljust(512, b"\0")
 
 
-@needs_qemu
 @pytest.mark.parametrize("method", ["zlib", "zstd"])
 @pytest.mark.parametrize("cluster_size", [512, 4096, 65536, 2 << 20])
 def test_what_qemu_compresses_is_read(tmp_path: Path, method: str, cluster_size: int) -> None:

@@ -12,9 +12,7 @@ from diskwright.core.gate import DirectoryGate
 from diskwright.core.graph import Graph
 from diskwright.core.node import format_of
 from diskwright.core.permissions import READER, WRITER
-from tests.formats.qcow2.support import needs_qemu, our_check, qemu, qemu_check
-
-pytestmark = needs_qemu
+from tests.formats.qcow2.support import our_check, qemu, qemu_check
 
 CLUSTERS = (512, 4096, 65536, 2 << 20)
 SIZE = 5 << 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import struct
 
@@ -42,12 +43,18 @@ def make_entries(kinds: list[str], cluster_size: int) -> list[int]:
             place += 1
         at = place * cluster_size
         sectors = 3 << (62 - (cluster_size.bit_length() - 1 - 8)) if cluster_size > 512 else 0
-        entries.append(
-            {
-                "nothing": 0, "data": at | COPIED, "next": at | COPIED, "shared": at, "zero": 1, "ready": at | 1 | COPIED,
-                "compressed": COMPRESSED | at + 77 | sectors, "reserved": at | 1 << 60 | 2, "flag only": COPIED,
-            }[kind]
-        )  # fmt: skip
+        descriptors = {
+            "nothing": 0,
+            "data": at | COPIED,
+            "next": at | COPIED,
+            "shared": at,
+            "zero": 1,
+            "ready": at | 1 | COPIED,
+            "compressed": COMPRESSED | at + 77 | sectors,
+            "reserved": at | 1 << 60 | 2,
+            "flag only": COPIED,
+        }
+        entries.append(descriptors[kind])
     return entries
 
 
@@ -76,7 +83,7 @@ def test_one_by_one_and_in_bulk(
             mapping._BULK = before  # type: ignore[misc]
         assert cold.merge() == warm.merge() == Extents.of(single).merge()
         assert single[0].offset == start and single[-1].end == start + length
-        for a, b in zip(single, single[1:], strict=False):
+        for a, b in itertools.pairwise(single):
             assert a.end == b.offset
 
 
@@ -116,7 +123,9 @@ def test_places_that_are_not_aligned_are_refused(entry: int, why: str) -> None:
     with Image(Tape(data), writable=False) as image:
         assert image.format.extent_at(0, 8192).kind == UNALLOCATED
         for ask in (image.format.extent_at, image.format.extents):
-            with pytest.raises(CorruptImage, match=rf"L2 entry of guest offset 0x2000 is 0x\w+ at offset {where:#x}: .*{why}"):
+            with pytest.raises(
+                CorruptImage, match=rf"L2 entry of guest offset 0x2000 is 0x\w+ at offset {where:#x}: .*{why}"
+            ):
                 ask(2 * 4096, 4096)
     with Image(Tape(data)) as image:
         assert image.format.in_place(8192, 10) == -1

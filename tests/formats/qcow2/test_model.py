@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from diskwright.core.driver import runs_of
 from diskwright.extents import Extents
 from tests.core.ram import raw_node
-from tests.formats.qcow2.support import Image, Tape, checked, contents, created, qemu
+from tests.formats.qcow2.support import LONG, Image, Tape, checked, contents, created, qemu
 
 BEGINNINGS = ("new", "version 2", "backed", "preallocated", "shared and compressed")
 
@@ -118,7 +118,10 @@ class Machine(RuleBasedStateMachine):
         offset, length = self._range(place, length, False)
         found = self.image.format.in_place(offset, length)
         if found >= 0:
-            assert bytes(self.tape.data[found : found + length]).ljust(length, b"\0") == self.model[offset : offset + length]
+            assert (
+                bytes(self.tape.data[found : found + length]).ljust(length, b"\0")
+                == self.model[offset : offset + length]
+            )
 
     @rule(place=places, length=st.integers(1, 200000))
     def both_kinds_of_map_agree(self, place: float, length: int) -> None:
@@ -174,6 +177,6 @@ class Machine(RuleBasedStateMachine):
 
 
 Machine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=3000 if LONG else 60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestModel = Machine.TestCase

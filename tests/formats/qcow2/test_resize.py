@@ -9,7 +9,7 @@ import pytest
 
 from diskwright.errors import LimitExceeded, UnsupportedFeature
 from diskwright.extents import DATA, UNALLOCATED
-from tests.formats.qcow2.support import Image, Tape, checked, contents, created, header_of, needs_qemu, poked, qemu
+from tests.formats.qcow2.support import Image, Tape, checked, contents, created, header_of, poked, qemu
 
 K = 4096
 
@@ -45,7 +45,6 @@ def test_the_rest_of_the_last_cluster_is_zeroed_when_it_comes_into_sight(kind: s
         assert image.disk.pread(K, 3 * K) == visible + bytes(3 * K - 512)
 
 
-@needs_qemu
 @pytest.mark.parametrize("kind", ["shared", "compressed"])
 def test_a_last_cluster_that_is_not_ours_alone_is_copied(kind: str, tmp_path: Path) -> None:
     path, raw = tmp_path / "image", tmp_path / "raw"
@@ -127,16 +126,17 @@ def test_limits() -> None:
         assert image.disk.size == 1 << 20
 
 
-@needs_qemu
 def test_version_2_with_snapshots_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "image"
     path.write_bytes(created(size=1 << 20, compat="0.10"))
     qemu("qemu-img", "snapshot", "-c", "one", path)
-    with Image(Tape(path.read_bytes())) as image, pytest.raises(UnsupportedFeature, match="version 2 image with snapshots"):
+    with (
+        Image(Tape(path.read_bytes())) as image,
+        pytest.raises(UnsupportedFeature, match="version 2 image with snapshots"),
+    ):
         image.node.resize(2 << 20)
 
 
-@needs_qemu
 @pytest.mark.parametrize("cluster_size", [512, 4096, 65536])
 def test_qemu_reads_what_was_resized(cluster_size: int, tmp_path: Path) -> None:
     chance, tape = random.Random(cluster_size), Tape(created(size=300_032, cluster_size=cluster_size))

@@ -32,7 +32,9 @@ def together(work: Callable[[int], None], count: int = THREADS) -> None:
         raise failures[0]
 
 
-@pytest.mark.parametrize("options", [dict(cluster_size=512), dict(cluster_size=4096), dict(compat="0.10", cluster_size=512)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"cluster_size": 512}, {"cluster_size": 4096}, {"compat": "0.10", "cluster_size": 512}], ids=str
+)
 @pytest.mark.parametrize("cache_size", [1, 32 << 20])
 def test_threads_with_sectors_of_their_own_in_shared_clusters(options: dict[str, object], cache_size: int) -> None:
     """Each thread owns every sixth 128 bytes, so that almost every cluster is everyone's."""

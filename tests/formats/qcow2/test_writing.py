@@ -1,4 +1,4 @@
-"""Reservations, zeros, discards: what becomes of clusters, when they are used again, and in what order it is written."""
+"""Reservations, zeros, discards: what becomes of clusters, when they are used again, and the order of writes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from tests.formats.qcow2.support import (
     l1_of,
     l2_entry,
     l2_entry_place,
-    needs_qemu,
     poked,
     qemu,
 )
@@ -334,7 +333,6 @@ def test_a_discard_leaves_what_is_not_whole_and_what_is_not_there() -> None:
         assert l1_of(bytes(image.tape.data))[1] == 0
 
 
-@needs_qemu
 def test_shared_clusters_and_tables_are_copied(tmp_path: Path) -> None:
     path = tmp_path / "image"
     path.write_bytes(NEW)
@@ -358,7 +356,6 @@ def test_shared_clusters_and_tables_are_copied(tmp_path: Path) -> None:
     assert contents(path.read_bytes())[: 8 * K] == b"\1" * 8 * K
 
 
-@needs_qemu
 def test_all_of_a_shared_table_is_copied(tmp_path: Path) -> None:
     """Only the changed parts of a table are written back; a copy has changed as a whole."""
     path, far = tmp_path / "image", 400 << 20
@@ -373,7 +370,6 @@ def test_all_of_a_shared_table_is_copied(tmp_path: Path) -> None:
     assert (checked(bytes(tape.data)).corruptions, checked(bytes(tape.data)).leaks) == (0, 0)
 
 
-@needs_qemu
 def test_compressed_clusters_are_replaced_and_freed(tmp_path: Path) -> None:
     raw, path = tmp_path / "raw", tmp_path / "image"
     source = b"".join(bytes([i + 1]) * K for i in range(32))

@@ -1,7 +1,7 @@
 """One NBD client: its thread receives requests and serves them in batches.
 
 All requests in the receive buffer are parsed at once. Reads that follow each other become one ``readv`` and
-one ``sendmsg``, writes one ``writev``. What would have to wait for a medium (a read that is not cached, a flush,
+one ``send``, writes one ``writev``. What would have to wait for a medium (a read that is not cached, a flush,
 a long zeroing) goes to the connection's own workers, so that requests behind it go on; replies may then come in
 another order, as the protocol allows. The workers are the connection's own because a client that does not take its
 replies blocks whoever sends them: that must hurt nobody else.
@@ -38,7 +38,7 @@ _log: Final = logging.getLogger(__name__)
 RECEIVE: Final = 2 * MiB
 """Receive buffer: a 1 MiB write fits, and 400 writes of 4 KiB."""
 REPLY: Final = 1 * MiB
-"""Read data gathered for one sendmsg."""
+"""Answers to reads gathered for one send."""
 SHORTEST_HOLE: Final = 32 * KiB
 """Zeros that are told as a hole rather than sent."""
 WORKERS: Final = 16
@@ -56,6 +56,7 @@ SHORT: Final = 1 * MiB
 """Zeroing and trimming of more than this goes to a worker."""
 
 _HEADER: Final = c.REQUEST.size
+_READ_HEADER: Final = c.DATA_CHUNK.size  # the longer of the two kinds
 _FAILURES: Final = (OSError, DiskwrightError, ValueError, MemoryError)
 _FLAGS: Final = {
     c.CMD_READ: c.CMD_FLAG_FUA | c.CMD_FLAG_DF,
@@ -113,7 +114,7 @@ class Connection:
     def _receive(self, rest: bytes) -> None:
         buffer, view = self._buffer, memoryview(self._buffer)
         receive = self._sock.recv_into
-        ending, rounds = self._ending, LAST_ROUNDS
+        ending, rounds, pending = self._ending, LAST_ROUNDS, self._places.pending
         have = len(rest)
         buffer[:have] = rest
         while True:
@@ -123,7 +124,7 @@ class Connection:
             left = have - at
             if left and at:
                 buffer[:left] = buffer[at:have]
-            if self._places.pending:
+            if pending:
                 self._places.wait_for_client()
             if ending.closing:
                 rounds -= 1
@@ -149,9 +150,9 @@ class Connection:
             if kind == c.CMD_READ and 0 < length < SENDFILE and flags <= c.CMD_FLAG_FUA:
                 if self._writes:
                     self._do_writes()
-                if self._reply_used + length > REPLY:
+                if self._reply_used + length + _READ_HEADER > REPLY:
                     self._do_reads()
-                self._reply_used += length
+                self._reply_used += length + _READ_HEADER
                 self._reads.append((cookie, offset, length))
             elif kind == c.CMD_WRITE:
                 if have - at >= length:
@@ -198,13 +199,14 @@ class Connection:
 
     def _do_reads(self) -> None:
         reads, self._reads = self._reads, []
-        used, self._reply_used = self._reply_used, 0
-        data = self._reply[:used]
+        self._reply_used = 0
+        data, gap = self._reply, self._replies.read_header_size
+        # Each answer right behind the other, as they go out: one buffer costs less to send than a list of them.
         segments = []
-        at = 0
+        at = gap
         for _, offset, length in reads:
             segments.append((offset, data[at : at + length]))
-            at += length
+            at += length + gap
         disk = self._disk
         try:
             token = disk.begin()
@@ -220,13 +222,13 @@ class Connection:
         except _FAILURES as error:
             self._reads_failed(reads, error)
             return
-        out: Buffers = []
-        header = self._replies.read_header
-        for (cookie, offset, length), (_, buffer) in zip(reads, segments, strict=True):
-            out.append(header(cookie, offset, length))
-            out.append(buffer)
+        put_header = self._replies.put_read_header
+        at = 0
+        for cookie, offset, length in reads:
+            put_header(data, at, cookie, offset, length)
+            at += length + gap
         with self._send_lock:
-            send_all(self._sock, out)
+            self._sock.sendall(data[:at])
 
     def _reads_failed(self, reads: list[_Read], error: BaseException) -> None:
         """Answers reads of a batch that failed: one by one, to tell whose fault it is."""

@@ -53,22 +53,18 @@ class Places:
     def __init__(self, sock: socket.socket, disk: Disk) -> None:
         self._sock, self._disk, self._leases = sock, disk, disk.graph.leases
         self._counts_unread = sock.family == socket.AF_UNIX
-        self._pending: deque[tuple[int, int]] = deque()  # (bytes sent by then, lease), oldest first
+        self.pending: deque[tuple[int, int]] = deque()
+        """``(bytes sent by then, lease)``, oldest first: places whose bytes may still be under way."""
         self._sent = 0  # bytes of places only: too few, so that leases end late rather than early
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
 
-    @property
-    def pending(self) -> bool:
-        """Whether bytes of an image may still be under way."""
-        return bool(self._pending)
-
     def find(self, offset: int, length: int) -> Found | None:
         """Where the first bytes of the range lie, when it is worth sending them from there. Raises what ``Disk``
         raises. What it returns goes to ``send``, which gives it up."""
-        if len(self._pending) >= MAX_PENDING:
+        if len(self.pending) >= MAX_PENDING:
             self.release()
-            if len(self._pending) >= MAX_PENDING:
+            if len(self.pending) >= MAX_PENDING:
                 return None
         lease = self._leases.take()  # before the look-up: what is freed after it waits for this lease
         try:
@@ -99,7 +95,7 @@ class Places:
             os.close(place.fd)
             self._sent += place.length
             if self._counts_unread:
-                self._pending.append((self._sent, found.lease))
+                self.pending.append((self._sent, found.lease))
             else:
                 self._leases.end(found.lease)
 
@@ -113,32 +109,32 @@ class Places:
         # The kernel counts at least the bytes nobody has read, and some of its own: again late rather than early.
         queued = struct.unpack("i", fcntl.ioctl(self._sock.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
         gone = self._sent - queued if queued else self._sent
-        while self._pending and self._pending[0][0] <= gone:
-            self._leases.end(self._pending.popleft()[1])
+        while self.pending and self.pending[0][0] <= gone:
+            self._leases.end(self.pending.popleft()[1])
 
     def wait_for_client(self) -> None:
         """Returns when the client has sent something or has left; ends leases meanwhile, so that a client that
         idles holds nothing up."""
         wait = _FIRST_WAIT
         self.release()
-        while self._pending and not self._poll.poll(wait * 1000):
+        while self.pending and not self._poll.poll(wait * 1000):
             self.release()
             wait = min(2 * wait, _LONGEST_WAIT)
 
     def end(self, cut: threading.Event) -> None:
         """Nothing more is sent. Waits until the client has read what was, or has closed its end, or ``cut`` is set."""
-        if self._pending:
+        if self.pending:
             try:
                 self._sock.shutdown(socket.SHUT_WR)  # the client sees the end while we wait
             except OSError:
                 pass
         wait = _FIRST_WAIT
         self.release()
-        while self._pending and not cut.wait(wait):
+        while self.pending and not cut.wait(wait):
             self.release()
             wait = min(2 * wait, _LONGEST_WAIT)
-        while self._pending:
-            self._leases.end(self._pending.popleft()[1])
+        while self.pending:
+            self._leases.end(self.pending.popleft()[1])
 
     def _usable(self) -> bool:
         return self._counts_unread or not _has_clusters(self._disk.node)

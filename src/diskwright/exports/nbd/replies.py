@@ -13,7 +13,9 @@ IOV_MAX: Final = 1000
 
 _ERROR: Final = c.ERROR_CHUNK
 _simple = c.SIMPLE_REPLY.pack
+_simple_into = c.SIMPLE_REPLY.pack_into
 _data_chunk = c.DATA_CHUNK.pack
+_data_chunk_into = c.DATA_CHUNK.pack_into
 
 Buffers = list[bytes | memoryview]
 
@@ -23,6 +25,9 @@ class Replies:
 
     def __init__(self, structured: bool) -> None:
         self.structured = structured
+        self.read_header_size: Final = c.DATA_CHUNK.size if structured else c.SIMPLE_REPLY.size
+        self.put_read_header: Final = _put_data_chunk if structured else _put_simple
+        """Puts what goes before the data of a read, all of it, into a buffer: (buffer, at, cookie, offset, length)."""
 
     def done(self, cookie: int) -> bytes:
         """A request without data has succeeded. Simple replies are allowed for these even when structured ones
@@ -58,6 +63,14 @@ class Replies:
             c.CHUNK_MAGIC, c.CHUNK_DONE, c.CHUNK_BLOCK_STATUS, cookie, 4 + 8 * len(runs), c.BASE_ALLOCATION_ID
         )
         return head + b"".join(c.DESCRIPTOR.pack(*run) for run in runs)
+
+
+def _put_simple(buffer: memoryview, at: int, cookie: int, offset: int, length: int) -> None:
+    _simple_into(buffer, at, c.SIMPLE_REPLY_MAGIC, 0, cookie)
+
+
+def _put_data_chunk(buffer: memoryview, at: int, cookie: int, offset: int, length: int) -> None:
+    _data_chunk_into(buffer, at, c.CHUNK_MAGIC, c.CHUNK_DONE, c.CHUNK_OFFSET_DATA, cookie, 8 + length, offset)
 
 
 def send_all(sock: socket.socket, buffers: Buffers) -> None:

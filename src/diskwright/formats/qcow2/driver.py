@@ -60,7 +60,8 @@ class Qcow2(Format):
     def probe(head: bytes, filename: str) -> int:
         if head[:4] != MAGIC or len(head) < 8:
             return 0
-        return 100 if struct.unpack_from(">I", head, 4)[0] in (2, 3) else 0
+        # Later versions too: to read one as raw would be worse than to refuse it.
+        return 100 if struct.unpack_from(">I", head, 4)[0] >= 2 else 0
 
     @classmethod
     def open(cls, context: OpenContext, options: Qcow2Options) -> Qcow2:

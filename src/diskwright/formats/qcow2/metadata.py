@@ -98,4 +98,3 @@ def _sorted_clusters(table: array[int], mask: int, bits: int) -> array[int]:
 
     clusters = (np.frombuffer(table, np.uint64) & np.uint64(mask)) >> np.uint64(bits)
     return array("Q", np.sort(clusters[clusters != 0]).tobytes())
-

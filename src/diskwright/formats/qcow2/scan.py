@@ -144,11 +144,21 @@ class Scan:
             part = self.references[first - self.low : last + 1 - self.low]
             np.minimum(part + added.astype(np.int64), _TOP, out=part, casting="unsafe")
             return
+        places = hosts - self.low
+        if weights is None and self._add_each(places):
+            return
         # Far apart: counting by sorting takes no memory for what lies between.
-        places, inverse = np.unique(hosts, return_inverse=True)
+        places, inverse = np.unique(places, return_inverse=True)
         sums = np.bincount(inverse, weights).astype(np.int64)
-        places -= self.low
         self.references[places] = np.minimum(self.references[places] + sums, _TOP).astype(np.uint16)
+
+    def _add_each(self, places: Hosts) -> bool:
+        """One reference for each of ``places``; False, and nothing done, when a count might not fit any more."""
+        if len(places) + int(self.references[places].max()) > _TOP:
+            return False
+        # Fast, unlike most uses of it, because all types agree.
+        np.add.at(self.references, places, np.uint16(1))
+        return True
 
     def _touch(self, number: int) -> None:
         if number * WINDOW < self.low or number * WINDOW >= self.high:
