@@ -173,7 +173,8 @@ class Writers:
             for i in range(self.size // self.unit):
                 if i not in self.unsure[me]:
                     piece = slice(i * self.unit, (i + 1) * self.unit)
-                    assert found[piece] == model[piece], f"writer {me} lost its write at {me * self.size + i * self.unit}"
+                    at = me * self.size + i * self.unit
+                    assert found[piece] == model[piece], f"writer {me} lost its write at {at}"
 
 
 def fast_storage(storage: Faulty) -> None:

@@ -124,7 +124,7 @@ def test_zeros_on_zeros_are_written_only_without_unmap() -> None:
             until_ready(job)
             for _ in range(2):  # the first is where nothing has been written yet
                 r.guest.zero(0, 64 * KiB)
-                until(lambda: job.progress()[0] == job.progress()[1])
+                until(lambda job=job: job.progress()[0] == job.progress()[1])
             assert (("zero", 0, 64 * KiB) in r.target_ram.calls) != unmap
 
 
@@ -294,7 +294,7 @@ def test_pause_and_resume_in_both_phases() -> None:
         assert len(r.target_ram.calls) == calls
         assert job.progress()[1] - job.progress()[0] == 64 * KiB
         job.resume()
-        until(lambda: job.progress()[0] == job.progress()[1])
+        until(lambda job=job: job.progress()[0] == job.progress()[1])
         assert r.target_bytes() == bytes(r.source_ram.data)
         states = ["created", "running", "paused", "running", "ready", "BLOCK_JOB_READY", "standby", "ready"]
         assert r.names() == states
@@ -690,9 +690,8 @@ def test_nodes_that_do_not_fit_are_refused() -> None:
 
 def test_a_target_in_use_is_refused() -> None:
     with rig(SIZE) as r:
-        with r.graph.disk(r.target):
-            with pytest.raises(GraphError, match="Conflicting uses"):
-                r.mirror()
+        with r.graph.disk(r.target), pytest.raises(GraphError, match="Conflicting uses"):
+            r.mirror()
         left_alone(r)
 
 

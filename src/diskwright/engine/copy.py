@@ -26,12 +26,12 @@ from diskwright.errors import DiskwrightError
 from diskwright.extents import DATA, WINDOW, ZERO, windows
 from diskwright.units import MiB, align_up, is_power_of_two
 
-CHUNK: Final = MiB
-"""Bytes moved by one read and one write: long enough that a call's cost does not show, short enough that what
-was read is still in the processor's cache when it is written."""
-WORKERS: Final = 3
-"""Threads of one copy: reads, writes and memory comparison release the interpreter, so two keep two cores busy,
-and the third fills the gaps."""
+CHUNK: Final = 2 * MiB
+"""Bytes moved by one read and one write: long enough that a call's cost does not show, and that the kernel takes large
+pages for them; longer ones gain nothing more."""
+WORKERS: Final = 2
+"""Threads of one copy: one reads and looks for zeros while the other writes. More only wait for each other, as a file
+system lets one writer at a time into a file."""
 MAX_WORKERS: Final = 16
 BATCH: Final = 64
 """Ranges moved by one call at most, when they are short."""

@@ -338,7 +338,7 @@ class Mirror(Job):
                 buffers=self._buffers,
             )
         finally:
-            # An error ends the run in the middle of batches. What is left of them must not keep a guest's write waiting.
+            # An error ends the run in the middle of batches. What is left of them must not keep guests' writes waiting.
             with self.in_flight.changed:
                 for start, end in self.in_flight.copies():
                     self.bitmap.mark(start, end - start)
