@@ -275,16 +275,19 @@ def convert(
     ``progress`` is called with (done, all) some times a second. A target that could not be completed is left as it
     is. Raises ImageError or OSError.
     """
-    from diskwright.engine.convert import Conversion
+    from diskwright.engine.convert import Conversion, CopyFailed
 
     graph = Graph(gate)
     try:
         node = graph.open(_spec(source), driver=source_format)
         name = os.fspath(target)
         new = open_target(graph, name, node.size, format=format or format_by_name(name, "raw"), options=options)
-        work = Conversion([node], new, graph.leases, target_is_zero=new.zero_init, sparse=sparse)
-        with _reporting(work.progress.snapshot, progress):
-            work.run()
+        work = Conversion(new, graph.leases, node.size, target_is_zero=new.zero_init, sparse=sparse)
+        with _reporting(work.progress, progress):
+            work.copy(node, 0)
+            new.flush()
+    except CopyFailed as error:
+        raise error.__cause__ or error from None
     finally:
         graph.close()
 

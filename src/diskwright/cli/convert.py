@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import signal
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Final, Self
@@ -20,6 +19,7 @@ from diskwright.units import MiB
 if TYPE_CHECKING:
     from diskwright.core.graph import Graph
     from diskwright.core.node import Node
+    from diskwright.engine.convert import Conversion
 
 SUMMARY: Final = "copy an image into another format"
 
@@ -29,7 +29,6 @@ MAX_WORKERS: Final = 16
 MAX_SPARSE: Final = 16 * MiB
 """Largest run of zeros that can be asked for with ``-S``: a copy looks at no more than this at a time."""
 
-_PAGE: Final = 4096
 
 _UNSUPPORTED: Final = {
     "compress": "-c: compressed images cannot be written yet",
@@ -95,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     wish = _wish(args, options)
     from diskwright.core.create import refuse_to_overwrite
+    from diskwright.engine.convert import Conversion
+    from diskwright.engine.copy import WORKERS
 
     with common.graph_of(args) as graph, Interruption() as interruption:
         sources = [
@@ -116,10 +117,19 @@ def run(args: argparse.Namespace) -> int:
         if target.size < total:
             raise Failure("output file is smaller than input file")
         new = not args.existing or args.target_is_zero
-        copy = Copying(graph, target, wish, interruption, total, target_zero=new and _reads_zero(target, args))
-        reporter = Reporter.of(args, copy.amount, phase="convert")
+        work = Conversion(
+            target,
+            graph.leases,
+            total,
+            target_is_zero=new and _reads_zero(target, args),
+            sparse=wish.sparse,
+            workers=wish.workers or WORKERS,
+            speed=wish.speed,
+            stop=lambda: interruption.signal != 0,
+        )
+        reporter = Reporter.of(args, lambda: Amount(*work.progress()), phase="convert")
         with reporter:
-            copy.run(sources)
+            _copy(work, sources, wish, interruption)
             reporter.phase = "flush"
             _finish(graph, target, wish)
         reporter.end_line()
@@ -188,88 +198,22 @@ def _finish(graph: Graph, target: Node, wish: Wish) -> None:
         raise Failure(f"'{wish.target}' is incomplete: {message_of(error)}") from error
 
 
-class Copying:
-    """The copying, range by range, and how far it has got."""
+def _copy(work: Conversion, sources: list[Node], wish: Wish, interruption: Interruption) -> None:
+    """Copies the sources one after the other. Raises Failure; the target is then no copy."""
+    from diskwright.engine.convert import CopyFailed
 
-    def __init__(
-        self, graph: Graph, target: Node, wish: Wish, interruption: Interruption, total: int, *, target_zero: bool
-    ) -> None:
-        from diskwright.engine.rate import RateLimit
-
-        self.leases, self.target, self.wish, self.interruption = graph.leases, target, wish, interruption
-        self.target_zero = target_zero
-        self.rate = RateLimit(wish.speed)
-        self.position, self.total = 0, total
-        self._lock = threading.Lock()
-
-    def amount(self) -> Amount:
-        return Amount(self.position, self.total)
-
-    def run(self, sources: list[Node]) -> None:
-        """Copies the sources one after the other. Raises Failure; the target is then no copy."""
-        start = 0
-        for source in sources:
-            base = source.backing if self.target.backing is not None else None
-            if base is None:
-                self._copy(source, start, 0, source.size, None)
-            else:
-                # Beyond the end of the source's backing file its zeros are its own, and have to be written.
-                shared = min(base.size, source.size)
-                self._copy(source, start, 0, shared, base)
-                self._copy(source, start, shared, source.size, None)
-            start += common.guest_size(source)
-            self.position = start
-
-    def _copy(self, source: Node, start: int, offset: int, end: int, base: Node | None) -> None:
-        """What ``source`` has from ``offset`` to ``end`` goes to ``start`` and further on in the target."""
-        from diskwright.engine.copy import CHUNK, WORKERS, Copier, run_plan
-
-        # At a low rate smaller pieces keep the copy going evenly, and an interrupt from being waited for.
-        chunk = max(_PAGE, self.rate.limit(CHUNK) // _PAGE * _PAGE)
-        copier = Copier(
-            source,
-            self.target,
-            self.leases,
-            sparse=self.wish.sparse,
-            target_zero=self.target_zero,
-            base=base,
-            offset_in_target=start,
-        )
-        run_plan(
-            copier,
-            self._ranges(source, offset, end, base, chunk, copier.unit),
-            workers=self.wish.workers or WORKERS,
-            rate=self.rate,
-            stop=lambda: self.interruption.signal != 0,
-            done=lambda at, length: self._done(start + at + length),
-            failed=self._failed,
-            chunk=chunk,
-        )
-        self.interruption.check(self.wish.target)
-
-    def _ranges(
-        self, source: Node, offset: int, end: int, base: Node | None, chunk: int, unit: int
-    ) -> Iterator[tuple[int, int]]:
-        from diskwright.engine.copy import data_plan
-
-        whole = data_plan(source, self.leases, end, zeros=not self.target_zero, chunk=chunk, base=base, unit=unit)
-        for at, length in whole:
-            if at + length > offset:
-                begin = max(at, offset)
-                yield begin, at + length - begin
-
-    def _done(self, position: int) -> None:
-        with self._lock:
-            self.position = max(self.position, position)
-
-    def _failed(self, offset: int, length: int, error: Exception) -> None:
-        from diskwright.engine.copy import ReadFailed
-
-        what = "reading" if isinstance(error, ReadFailed) else "writing"
-        cause = error.__cause__ or error
-        raise Failure(
-            f"error while {what} at byte {offset}: {message_of(cause)}; '{self.wish.target}' is incomplete"
-        ) from error
+    start = 0
+    for source in sources:
+        base = source.backing if work.target.backing is not None else None
+        try:
+            work.copy(source, start, base=base)
+        except CopyFailed as error:
+            what = "reading" if error.operation == "read" else "writing"
+            cause = message_of(error.__cause__ or error)
+            text = f"error while {what} at byte {error.offset}: {cause}; '{wish.target}' is incomplete"
+            raise Failure(text) from error
+        interruption.check(wish.target)
+        start += common.guest_size(source)
 
 
 class Interruption:

@@ -1,115 +1,112 @@
-"""Convert: everything one or several nodes hold, one after the other, into another node."""
+"""Convert: everything nodes hold, one after the other, into another node."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
+import threading
+from collections.abc import Callable, Iterator
+from typing import Final
 
 from diskwright.core.leases import Leases
 from diskwright.core.node import Node
 from diskwright.engine.clock import Clocks
 from diskwright.engine.copy import CHUNK, WORKERS, Copier, Range, ReadFailed, data_plan, run_plan
-from diskwright.engine.progress import Progress
 from diskwright.engine.rate import RateLimit
 from diskwright.engine.zeros import SPARSE
 from diskwright.errors import JobError
 
+_PAGE: Final = 4096
 
-@dataclass
+
+class CopyFailed(JobError):
+    """A range could not be copied; the target is incomplete. ``operation`` is ``read`` or ``write``, ``offset`` the
+    source's, in bytes; the error is chained."""
+
+    def __init__(self, operation: str, offset: int, cause: BaseException) -> None:
+        super().__init__(f"{operation} failed at byte {offset}: {cause}")
+        self.operation, self.offset = operation, offset
+
+
 class Conversion:
-    """One conversion. ``run`` does it; ``progress`` may be asked from other threads meanwhile.
+    """Copies whole nodes into ``target``, and knows how far it has got.
 
-    ``target_is_zero``  the target reads as zeros everywhere: a new image, or the user says so
+    ``total``           bytes there will be to copy, for ``progress``
+    ``target_is_zero``  the target reads as zeros everywhere: it is new, or the user says so
     ``sparse``          see ``Copier``
-    ``in_order``        write the target from its beginning to its end, with one worker
-    ``salvage``         what cannot be read becomes zeros; ``on_unreadable(offset, length)`` is told
-    ``flush``           the target is durable when ``run`` returns
+    ``stop``            asked between two ranges; when it is true the copying ends there
     """
 
-    sources: Sequence[Node]
-    target: Node
-    leases: Leases
-    target_is_zero: bool = False
-    sparse: int = SPARSE
-    workers: int = WORKERS
-    in_order: bool = False
-    rate: RateLimit = field(default_factory=RateLimit)
-    salvage: bool = False
-    flush: bool = True
-    on_unreadable: Callable[[int, int], None] = lambda offset, length: None
-    stop: Callable[[], bool] = lambda: False
-    clocks: Clocks = field(default_factory=Clocks)
-    progress: Progress = field(init=False)
+    def __init__(
+        self,
+        target: Node,
+        leases: Leases,
+        total: int,
+        *,
+        target_is_zero: bool,
+        sparse: int = SPARSE,
+        workers: int = WORKERS,
+        speed: int = 0,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.target, self.leases, self.total = target, leases, total
+        self.target_is_zero, self.sparse, self.workers, self.stop = target_is_zero, sparse, workers, stop
+        self.rate, self.clocks = RateLimit(speed), Clocks()
+        self._position = 0
+        self._lock = threading.Lock()
 
-    def __post_init__(self) -> None:
-        self.progress = Progress(sum(node.size for node in self.sources))
+    def progress(self) -> tuple[int, int]:
+        """``(bytes of the target that are done, all)``."""
+        return self._position, self.total
 
-    @property
-    def size(self) -> int:
-        """Bytes the target has to hold."""
-        return sum(node.size for node in self.sources)
+    def copy(self, source: Node, start: int, *, base: Node | None = None) -> None:
+        """Copies ``source`` to ``start`` and further on in the target. What only ``base``, a backing node that the
+        target has too, and those below it have is left out. Raises CopyFailed."""
+        if base is None:
+            self._part(source, start, 0, source.size, None)
+        else:
+            # Beyond the end of the source's backing file its zeros are its own, and have to be written.
+            shared = min(base.size, source.size)
+            self._part(source, start, 0, shared, base)
+            self._part(source, start, shared, source.size, None)
+        self._reached(start + source.size)
 
-    def run(self) -> None:
-        """Raises OSError or ImageError, whichever met first, or JobError when it was stopped; the target is then
-        incomplete."""
-        if self.target.size < self.size:
-            raise JobError(f"The target has {self.target.size} bytes, fewer than the {self.size} to be copied")
-        starts = [0, *accumulate(node.size for node in self.sources)]
-        for source, start in zip(self.sources, starts, strict=False):
-            self._one(source, start)
-        rest = self.target.size - self.size
-        if rest and not self.target_is_zero:
-            self.target.write_zeros(self.size, rest, unmap=True)
-        if self.flush:
-            self.target.flush()
-
-    def _one(self, source: Node, start: int) -> None:
+    def _part(self, source: Node, start: int, offset: int, end: int, base: Node | None) -> None:
+        # At a low rate smaller pieces keep the copy going evenly, and ``stop`` from being waited for.
+        chunk = max(_PAGE, self.rate.limit(CHUNK) // _PAGE * _PAGE)
         copier = Copier(
             source,
             self.target,
             self.leases,
             sparse=self.sparse,
             target_zero=self.target_is_zero,
+            base=base,
             offset_in_target=start,
         )
-        began, _ = self.progress.snapshot()
-        done = 0
-
-        def failed(offset: int, length: int, error: Exception) -> None:
-            cause = error.__cause__ or error
-            if not self.salvage or not isinstance(error, ReadFailed):
-                raise cause
-            self._salvage(source, start, offset, length)
-            self.progress.advance(length)
-
         run_plan(
             copier,
-            self._plan(source),
-            workers=1 if self.in_order else self.workers,
+            self._ranges(source, offset, end, base, chunk, copier.unit),
+            workers=self.workers,
             rate=self.rate,
             stop=self.stop,
-            done=lambda offset, length: self.progress.advance(length),
-            failed=failed,
+            done=lambda at, length: self._reached(start + at + length),
+            failed=_failed,
             clocks=self.clocks,
+            chunk=chunk,
         )
-        if self.stop():
-            raise JobError("The conversion was stopped")
-        done, _ = self.progress.snapshot()
-        self.progress.advance(began + source.size - done)  # zeros that the plan left out
 
-    def _plan(self, source: Node) -> Iterator[Range]:
-        return data_plan(source, self.leases, source.size, zeros=not self.target_is_zero, chunk=CHUNK)
+    def _ranges(
+        self, source: Node, offset: int, end: int, base: Node | None, chunk: int, unit: int
+    ) -> Iterator[Range]:
+        whole = data_plan(source, self.leases, end, zeros=not self.target_is_zero, chunk=chunk, base=base, unit=unit)
+        for at, length in whole:
+            if at + length > offset:
+                begin = max(at, offset)
+                yield begin, at + length - begin
 
-    def _salvage(self, source: Node, start: int, offset: int, length: int) -> None:
-        """Sector by sector: what can be read is copied, the rest becomes zeros."""
-        buffer = memoryview(bytearray(512))
-        for at in range(offset, offset + length, 512):
-            piece = buffer[: min(512, offset + length - at)]
-            try:
-                with self.leases.held():
-                    source.readv([(at, piece)])
-            except OSError:
-                piece[:] = bytes(len(piece))
-                self.on_unreadable(at, len(piece))
-            self.target.writev([(start + at, piece)])
+    def _reached(self, position: int) -> None:
+        with self._lock:
+            self._position = max(self._position, position)
+
+
+def _failed(offset: int, length: int, error: Exception) -> None:
+    cause = error.__cause__ or error
+    raise CopyFailed("read" if isinstance(error, ReadFailed) else "write", offset, cause) from cause
