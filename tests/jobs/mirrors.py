@@ -70,6 +70,9 @@ class Rig:
     def close(self) -> None:
         for job in self.jobs:
             self.source_ram.hook = self.target_ram.hook = None
+            if job._thread is None and job._committed:
+                job.clean()  # taken through its steps by hand, it has no thread that would end it
+                continue
             if not job.has_ended:
                 job.cancel(force=True)
             assert job.wait(WAIT)
