@@ -370,6 +370,22 @@ class FormatConformance:
         assert (tmp_path / "base.raw").read_bytes() == base
         self.check(path)
 
+    def test_growing_does_not_uncover_a_longer_backing_image(self, tmp_path: Path) -> None:
+        if not self.has_backing:
+            pytest.skip("the format has no backing files")
+        (tmp_path / "base.raw").write_bytes(b"b" * SIZE)
+        half = SIZE // 2 - 512
+        path = self.make(tmp_path / "top", half, **{"backing-file": "base.raw", "backing-fmt": "raw"})
+        disk = self.open(path)
+        with disk.drained():
+            disk.node.resize(2 * SIZE)
+        assert disk.pread(0, 2 * SIZE) == b"b" * half + bytes(2 * SIZE - half)
+        disk.close()
+        again = self.open(path, writable=False)
+        assert again.pread(0, 2 * SIZE) == b"b" * half + bytes(2 * SIZE - half)
+        again.close()
+        self.check(path)
+
     # -- all of it at once -----------------------------------------------------------------------
 
     def test_threads_in_parallel(self, path: Path) -> None:

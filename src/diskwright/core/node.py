@@ -287,7 +287,12 @@ class FormatNode(Node):
         self.format.flush()
 
     def resize(self, size: int, *, preallocation: str = "off") -> None:
+        old = self.size
         self.format.resize(size, preallocation=preallocation)
+        backed = min(size, self.backing.size) if self.backing is not None else 0
+        if backed > old:
+            # What the backing image has beyond this one's old end must not show: new bytes read as zeros.
+            self._write_zeros(old, backed - old, True, False)
         for bitmap in self.bitmaps:
             bitmap.resize(size)
 

@@ -87,6 +87,20 @@ def test_sound_images(name: str, folder: Path, tmp_path: Path) -> None:
     assert (report.corruptions, report.leaks) == (0, 0)
 
 
+def test_persistent_bitmaps(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(created(size=100 << 20))
+    qemu("qemu-img", "bitmap", "--add", path, "one")
+    qemu("qemu-io", "-c", "write 0 10M", path)
+    qemu("qemu-img", "bitmap", "--add", "-g", "4096", path, "two")
+    report = checked(path.read_bytes())
+    assert our_check(report) == qemu_check(path) and not report.corruptions and not report.leaks
+    forgotten = poked(path.read_bytes(), 88, 0)  # written to by a program that knows no bitmaps
+    path.write_bytes(forgotten)
+    report = checked(forgotten)
+    assert our_check(report) == qemu_check(path) and report.leaks
+
+
 # -- damage at random --------------------------------------------------------------------------------------
 
 

@@ -110,9 +110,10 @@ def _grow(file: Node, header: Header, size: int, preallocation: str) -> None:
     from diskwright.formats.qcow2.writing import Writer
 
     options = Qcow2Options()
-    image = Qcow2(file, header, options)
+    leases = Leases()
+    image = Qcow2(file, header, options, leases)
     refcounts = Refcounts(file, header, options.cache_size // 4)
-    image.writer = Writer(file, header, image.mapping, refcounts, Leases(), options.cache_size)
+    image.writer = Writer(file, header, image.mapping, refcounts, leases, options.cache_size // 4)
     resize(image, size, preallocation=preallocation)
     image.close()
 

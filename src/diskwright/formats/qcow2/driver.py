@@ -32,12 +32,12 @@ class Qcow2(Format):
     options = Qcow2Options
     create_options = Qcow2CreateOptions
     has_backing = True
-    _leases: Leases
     suffixes = (".qcow2", ".qcow")
 
-    def __init__(self, file: Node, header: Header, options: Qcow2Options) -> None:
+    def __init__(self, file: Node, header: Header, options: Qcow2Options, leases: Leases | None) -> None:
+        """With ``leases`` it is to be written to."""
         self.children = (file,)
-        self._options = options
+        self._options, self._leases = options, leases
         self.writer: Writer | None = None
         self._set_up(header)
 
@@ -47,7 +47,8 @@ class Qcow2(Format):
         self.header = header
         self.size, self.backing = header.size, header.backing
         self.cluster_size = 1 << header.cluster_bits
-        self.mapping = Mapping(file, header, options.cache_size * 3 // 4)
+        # A writer needs half of it: a quarter for refcounts, another for places it knows it may write to.
+        self.mapping = Mapping(file, header, options.cache_size // (1 if self._leases is None else 2))
         self._decoder = Decoder(file.filename, header.compression, self.cluster_size)
         # The look-ups go straight to where they are answered: they are the hot path.
         self.extent_at = self.mapping.extent_at  # type: ignore[method-assign]
@@ -67,9 +68,8 @@ class Qcow2(Format):
     def open(cls, context: OpenContext, options: Qcow2Options) -> Qcow2:
         """See ``Format.open``. An image marked dirty is repaired when it is opened for writing."""
         header = read_header(context.file)
-        image = cls(context.file, header, options)
+        image = cls(context.file, header, options, context.leases if context.writable else None)
         if context.writable:
-            image._leases = context.leases
             image._begin_writing()
         return image
 
@@ -92,9 +92,10 @@ class Qcow2(Format):
         self._start_writer()
 
     def _start_writer(self) -> None:
+        assert self._leases is not None
         file, header, cache = self.children[0], self.header, self._options.cache_size
         refcounts = Refcounts(file, header, cache // 4)
-        self.writer = Writer(file, header, self.mapping, refcounts, self._leases, cache * 3 // 4)
+        self.writer = Writer(file, header, self.mapping, refcounts, self._leases, cache // 4)
         if not self._options.repair:
             self.in_place = self.writer.in_place  # type: ignore[method-assign]
 

@@ -48,7 +48,8 @@ MAX_SLICE_BYTES: Final = 65536
 much that is in use for the few entries that are."""
 
 CACHE_BYTES: Final = 32 * MiB
-"""Default bound of cached tables: L2 entries for 192 GiB and refcounts for a TiB at 64 KiB clusters."""
+"""Default bound of cached tables. At 64 KiB clusters that is L2 entries for 256 GiB, or for 128 GiB together with
+refcounts for as much when the image is written to."""
 
 
 class Geometry:

@@ -76,7 +76,10 @@ class Mapping:
     # -- one run ---------------------------------------------------------------------------------
 
     def extent_at(self, offset: int, length: int) -> Extent:
-        """See ``Format.extent_at``. Raises CorruptImage for an entry that contradicts the specification."""
+        """See ``Format.extent_at``. A slice that is not cached is read from the file, so this may wait for the
+        medium even in a read that should not wait. Raises CorruptImage for an entry that contradicts the
+        specification.
+        """
         number = offset >> self._slice_shift
         items = self._young(number)
         if items is None:

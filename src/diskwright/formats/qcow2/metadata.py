@@ -59,10 +59,9 @@ class MetadataMap:
             return True
         if self._among(self._tables, first, end):
             return True
-        new = self._new
-        if count == 1 or not new:
-            return first in new
-        return any(cluster in new for cluster in range(first, end))
+        if count <= len(self._new):
+            return not self._new.isdisjoint(range(first, end))
+        return any(first <= cluster < end for cluster in self._new)
 
     def conflicts(self, table: int) -> bool:
         """Whether the L2 table in cluster ``table`` is something else as well, or is named by two L1 entries."""

@@ -52,7 +52,8 @@ class Ordering:
     def __init__(
         self, file: Node, header: Header, mapping: Mapping, refcounts: Refcounts, leases: Leases, cache_bytes: int
     ) -> None:
-        """Raises LimitExceeded when the snapshot table is too long."""
+        """``cache_bytes`` bounds the changed slices that wait to be written. Raises LimitExceeded when the snapshot
+        table is too long."""
         self.file, self.path, self.header, self.map, self.refcounts = file, file.filename, header, mapping, refcounts
         self.lock = threading.Lock()
         self.flush_lock = threading.Lock()
@@ -63,11 +64,11 @@ class Ordering:
         self._fresh = g.clusters(file.size)
         """Host clusters from here on have never been written to, nor handed out."""
         self._l1_changed: set[int] = set()  # sectors of the L1 table
-        self._most_changed = max(16, cache_bytes // 2 // g.slice_bytes)
+        self._most_changed = max(16, cache_bytes // g.slice_bytes)
         self._era, self._durable = 0, -1
         self._quarantine: Quarantine[_Freed] = Quarantine(leases)
         self._passed: deque[_Freed] = deque()  # out of quarantine, not yet durable
-        self._freed_clusters = 0
+        self._freed_clusters = 0  # since the last checkpoint
         self._begun = self._completed = 0  # checkpoints
 
     # -- taking ------------------------------------------------------------------------------------
@@ -168,6 +169,7 @@ class Ordering:
         with self.lock:
             era = self._era
             self._era += 1
+            self._freed_clusters = 0
             # Taken together: these tables name no place that these refcounts do not count.
             blocks, slices = refcounts.cache.capture(), l2.capture()
             table, table_sectors = refcounts.capture_table()
@@ -207,7 +209,6 @@ class Ordering:
         with self.lock:
             for freed in ready:
                 self.refcounts.release(freed.runs)
-                self._freed_clusters -= min(self._freed_clusters, sum(count for _, count in freed.runs))
 
     @property
     def changed(self) -> bool:

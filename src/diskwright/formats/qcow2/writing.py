@@ -24,6 +24,9 @@ from diskwright.formats.qcow2.refcounts import Refcounts
 _MOST_CLUSTERS: Final = 65536
 """Clusters one reservation covers at most, so that the lock is held for a few milliseconds at worst."""
 
+_MANY: Final = 4096
+"""Entries from which on NumPy is worth its import: only allocation in advance makes that many at once."""
+
 
 class _InPlace(Reservation):
     """A write that needs no new place after all."""
@@ -60,7 +63,8 @@ class Writer(Ordering):
     def __init__(
         self, file: Node, header: Header, mapping: Mapping, refcounts: Refcounts, leases: Leases, cache_bytes: int
     ) -> None:
-        """Raises LimitExceeded when the snapshot table is too long."""
+        """``cache_bytes`` bounds what is remembered of places, and changed slices. Raises LimitExceeded when the
+        snapshot table is too long."""
         super().__init__(file, header, mapping, refcounts, leases, cache_bytes)
         g = self.geometry
         self.size = header.size
@@ -266,10 +270,10 @@ class Writer(Ordering):
             items = self.map.l2.edit(number)
             assert items is not None, "pinned by the reservation"
             old = items[low : high + 1]
-            start, stop = placed.place, placed.place + len(old) * size
-            items[low : high + 1] = array("Q", range(start | COPIED, stop | COPIED, size))
+            start = placed.place
+            items[low : high + 1] = _steps(start | COPIED, size, len(old))
             self.map.l2.mark(number, low, high)
-            self._places_of(number)[low : high + 1] = array("Q", range(start, stop, size))
+            self._places_of(number)[low : high + 1] = _steps(start, size, len(old))
             if not placed.kept and any(old):
                 self._give_up(old, unmap=False)
             self._close(placed)
@@ -440,6 +444,16 @@ class Writer(Ordering):
             for host in self.refcounts.drop_empty_blocks():
                 self.metadata.remove(host)
                 self._give_up_runs([(host, 1)], unmap=False)
+
+
+def _steps(start: int, step: int, count: int) -> array[int]:
+    """``count`` numbers from ``start`` on."""
+    if count < _MANY:
+        return array("Q", range(start, start + step * count, step))
+    import numpy as np
+
+    numbers = np.arange(count, dtype=np.uint64) * np.uint64(step) + np.uint64(start)
+    return array("Q", numbers.tobytes())
 
 
 def _same_place(old: int, new: int) -> bool:
