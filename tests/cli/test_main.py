@@ -173,6 +173,8 @@ def test_interrupt_is_130(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys\n"
         "from diskwright.cli import info, main\n"
+        # A shell that starts the tests in the background has them ignore the signal.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "info.run = lambda args: os.kill(os.getpid(), signal.SIGINT) or signal.pause()\n"
         "sys.exit(main.main(['info', 'x']))\n"
     )

@@ -140,7 +140,8 @@ class _Session:
                 self._until(lambda: mirror.ready or mirror.ended)
                 if not mirror.ended:
                     self.say(f"Ready: the target is in sync after {time.monotonic() - began:.1f} s")
-                    if self.args.finish is None and not self.args.quiet and not self.signals:
+                    by_hand = self.args.finish is None and self.args.progress is None
+                    if by_hand and not self.args.quiet and not self.signals:
                         print("Press Ctrl-C to finish, twice to abandon", file=sys.stderr, flush=True)
                     self._until(
                         lambda: mirror.ended,
