@@ -71,10 +71,13 @@ class Disk(io.RawIOBase):
 
     # -- the gate --------------------------------------------------------------------------------
 
-    def begin(self) -> int:
-        """Enters the gate, waiting while the disk is drained; returns the lease to hand to ``end``."""
+    def begin(self, wait: bool = True) -> int:
+        """Enters the gate; returns the lease to hand to ``end``. While the disk is drained it waits, or raises
+        BlockingIOError."""
         with self._mutex:  # the plain lock: a Condition's own methods cost three times as much
             while self._drains and not self._shut:
+                if not wait:
+                    raise BlockingIOError(errno.EAGAIN, "The disk is drained")
                 self._gate.wait()
             if self._shut:
                 raise OSError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN), self._node.filename)

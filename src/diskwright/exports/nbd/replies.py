@@ -1,23 +1,17 @@
-"""Replies: how each is laid out for a client, and getting all bytes of many of them out."""
+"""Replies: how each is laid out for a client."""
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from typing import Final
 
 from diskwright.wire.nbd import constants as c
-
-IOV_MAX: Final = 1000
-"""Buffers handed to one sendmsg; the kernel takes 1024."""
 
 _ERROR: Final = c.ERROR_CHUNK
 _simple = c.SIMPLE_REPLY.pack
 _simple_into = c.SIMPLE_REPLY.pack_into
 _data_chunk = c.DATA_CHUNK.pack
 _data_chunk_into = c.DATA_CHUNK.pack_into
-
-Buffers = list[bytes | memoryview]
 
 
 class Replies:
@@ -71,16 +65,3 @@ def _put_simple(buffer: memoryview, at: int, cookie: int, offset: int, length: i
 
 def _put_data_chunk(buffer: memoryview, at: int, cookie: int, offset: int, length: int) -> None:
     _data_chunk_into(buffer, at, c.CHUNK_MAGIC, c.CHUNK_DONE, c.CHUNK_OFFSET_DATA, cookie, 8 + length, offset)
-
-
-def send_all(sock: socket.socket, buffers: Buffers) -> None:
-    """Sends every byte. Raises OSError when the client is gone."""
-    for first in range(0, len(buffers), IOV_MAX):
-        part = buffers[first : first + IOV_MAX]
-        sent = sock.sendmsg(part)
-        for buffer in part:
-            if sent >= len(buffer):
-                sent -= len(buffer)
-            else:
-                sock.sendall(memoryview(buffer)[sent:])
-                sent = 0

@@ -15,7 +15,8 @@ from urllib.parse import quote
 
 from diskwright.core.disk import Disk
 from diskwright.errors import GraphError, ProtocolError
-from diskwright.exports.nbd.connection import Connection, Ending
+from diskwright.exports.nbd.connection import Clients, Connection
+from diskwright.exports.nbd.crew import Crew
 from diskwright.units import KiB
 from diskwright.wire.nbd import constants as c
 from diskwright.wire.nbd.handshake import CLOSED, TRANSMISSION, ExportInfo, ServerHandshake
@@ -60,7 +61,8 @@ class NbdServer:
         self._unix_paths: list[tuple[str, int]] = []
         self._lock = threading.Condition(threading.Lock())
         self._clients: dict[socket.socket, threading.Thread] = {}
-        self._ending = Ending()
+        self._shared = Clients()
+        self._crews: dict[Disk, Crew] = {}
         self._acceptor: threading.Thread | None = None
         self._wake, self._woken = os.pipe2(os.O_CLOEXEC)[::-1]
         self._closing = False
@@ -144,12 +146,12 @@ class NbdServer:
     def _end_clients(self, timeout: float) -> None:
         with self._lock:
             threads = list(self._clients.values())
-            self._ending.closing = True
+            self._shared.closing = True
             # Reading ends: what is in the buffers is still served.
             for client in self._clients:
                 _shut(client, socket.SHUT_RD)
             if not self._lock.wait_for(lambda: not self._clients, timeout):
-                self._ending.cut.set()
+                self._shared.cut.set()
                 for client in self._clients:
                     _shut(client, socket.SHUT_RDWR)
         for thread in threads:
@@ -185,11 +187,11 @@ class NbdServer:
                 return
             thread = threading.Thread(target=self._serve, args=(client,), name="nbd-client", daemon=True)
             self._clients[client] = thread
+            self._shared.connected = len(self._clients)
             try:
                 thread.start()
             except RuntimeError as error:
-                del self._clients[client]
-                client.close()
+                self._forget(client)
                 _log.warning("Could not start a thread for an NBD client: %s", error)
 
     def _serve(self, client: socket.socket) -> None:
@@ -201,9 +203,14 @@ class NbdServer:
             _log.exception("An NBD client's connection failed")
         finally:
             with self._lock:
-                del self._clients[client]
-                client.close()
+                self._forget(client)
                 self._lock.notify_all()
+
+    def _forget(self, client: socket.socket) -> None:
+        """Under the lock."""
+        del self._clients[client]
+        self._shared.connected = len(self._clients)
+        client.close()
 
     def _converse(self, client: socket.socket) -> None:
         if client.family != socket.AF_UNIX:
@@ -231,7 +238,9 @@ class NbdServer:
         client.settimeout(None)
         export = exports[shake.chosen.name]
         read_only = export.read_only or export.disk.read_only
-        Connection(client, export.disk, read_only, shake.chosen, self._ending).serve(shake.rest)
+        with self._lock:
+            crew = self._crews.setdefault(export.disk, Crew())
+        Connection(client, export.disk, read_only, shake.chosen, self._shared, crew).serve(shake.rest)
 
 
 def _shut(client: socket.socket, how: int) -> None:
