@@ -243,6 +243,44 @@ def test_files(tmp_path: Path, source_format: str, format: str, copy_mode: Any) 
         graph.close()
 
 
+def test_a_write_to_both_sides_while_the_first_pass_is_being_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest of its granule is copied all the same."""
+    with rig(MiB) as r:
+        r.source_ram.data[:] = b"\x55" * MiB
+        marked = threading.Event()
+
+        def hook(operation: str, offset: int, length: int) -> None:
+            if operation == "write":
+                assert marked.wait(WAIT)  # so that a write that goes to both sides is under way while marks are made
+
+        r.target_ram.hook = hook
+        job = r.mirror(target_is_zero=True, copy_mode="write-blocking")
+        look, mark = job._status, job._mark_first_pass
+        guest = threading.Thread(target=r.guest.pwrite, args=(128 * KiB, b"guest" * 100))
+
+        def look_while_the_guest_writes(*range: Any) -> Any:
+            if guest.ident is None:
+                guest.start()
+                guest.join(0.2)  # with the filter there it would wait for the target now
+            return look(*range)
+
+        def mark_and_tell(zeros: bool) -> None:
+            try:
+                mark(zeros)
+            finally:
+                marked.set()
+
+        monkeypatch.setattr(job, "_status", look_while_the_guest_writes)
+        monkeypatch.setattr(job, "_mark_first_pass", mark_and_tell)
+        job.start()
+        until_ready(job)
+        guest.join(WAIT)
+        job.cancel(force=False)
+        job.result(WAIT)
+        assert r.target_bytes() == r.frozen == bytes(r.source_ram.data)
+        assert r.frozen is not None and r.frozen[128 * KiB :].startswith(b"guest")
+
+
 def test_a_guest_faster_than_the_target_does_not_keep_the_job_from_ending() -> None:
     with rig(MiB) as r:
         fast_storage(r.source_ram)

@@ -118,6 +118,7 @@ class Mirror(Job):
         self._cursor = 0
         self._try_later = False
         self._speed_seen = 0.0  # bytes per second of the latest passes
+        self._marked = False  # the bitmap has all that the first pass has to copy
         self._finishing: Literal["", "keep", "pivot"] = ""
         self._finished = False
         self._at_end = at_end
@@ -199,6 +200,7 @@ class Mirror(Job):
             # A write that began before must not end unseen after the bitmap is there.
             self.source.add_bitmap(self.bitmap)
         self._mark_first_pass(zeros)
+        self._marked = True
 
     def prepare(self) -> None:
         if not self._finished:
@@ -217,7 +219,9 @@ class Mirror(Job):
         return self.should_pause or self._wants_filter()
 
     def _wants_filter(self) -> bool:
-        return self.copy_mode == "write-blocking" and self._filter is None
+        # Not before all is marked: a write that both sides have takes the mark off its granules, and of one that was
+        # marked only while the write was under way the rest would never be copied.
+        return self.copy_mode == "write-blocking" and self._filter is None and self._marked
 
     def _rest(self) -> None:
         """Nothing is in flight here: what has to be done then is done."""
