@@ -18,8 +18,8 @@ SECTOR = 512
 
 
 class Change(NamedTuple):
-    """``kind`` is write (``data`` at ``offset``), size (``offset`` is the new one), discard (``data`` is what was there)
-    or flush."""
+    """``kind`` is write (``data`` at ``offset``), size (``offset`` is the new one), discard (``data`` is what was
+    there) or flush."""
 
     file: str
     kind: str
@@ -80,7 +80,7 @@ class Recording:
         last flush is there. Of the rest everything is there, or with ``chance`` whatever it decides: any of the
         changes, and of a write any of its sectors."""
         data = {name: bytearray(start) for name, start in self.start.items()}
-        durable = {name: 0 for name in data}
+        durable = dict.fromkeys(data, 0)
         for i in range(position - 1, -1, -1):
             change = self.changes[i]
             if change.kind == "flush" and not durable[change.file]:

@@ -17,7 +17,7 @@ import random
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from tests.crash.recording import SECTOR, Recording, RecordedFile, recorded
+from tests.crash.recording import SECTOR, RecordedFile, Recording, recorded
 from tests.formats.qcow2.support import Image
 
 Files = dict[str, RecordedFile]
