@@ -34,6 +34,7 @@ COUNTS = ("corruptions", "leaks", "check-errors", "total-clusters", "allocated-c
 REFUSED_THERE = (
     "bitmap",  # QEMU does not open an image with a damaged bitmap; here it is one more corruption
     "data-file",  # nor without a data file, which a check does not need
+    "cannot allocate memory",  # it counts in one piece whatever a table names, however far away
     "snapshot table",  # it bounds the extra data of an entry to 1 KiB, and wants the table within the file
 )
 
@@ -89,10 +90,12 @@ def test_damage_is_counted_alike(name: str, folder: Path, tmp_path: Path) -> Non
         path = Seed(mutated(sound.image, chance), sound.beside).store(tmp_path)
         mine, witness = ours(path), theirs(path)
         if witness.counts is None:
-            refused = any(word in witness.err for word in REFUSED_THERE)
+            refused = any(word in witness.err.lower() for word in REFUSED_THERE)
             assert mine.code == 1 or refused, (turn, mine, witness)
             continue
-        assert mine.counts is not None, (turn, mine, witness)
+        if mine.counts is None:
+            assert mine.code == 1 and "the header itself lies there" in mine.err, (turn, mine, witness)
+            continue
         assert mine.code == witness.code, (turn, mine, witness)
         assert bool(mine.counts["corruptions"]) == bool(witness.counts["corruptions"]), (turn, mine, witness)
         assert mine.counts["leaks"] == witness.counts["leaks"], (turn, mine, witness)
@@ -139,7 +142,7 @@ def test_a_repair_makes_nothing_worse(name: str, repair: str, folder: Path, tmp_
             now = readable(after) or {}
             assert [at for at, piece in before.items() if now.get(at) != piece] == [], turn
         witness = theirs(Seed(after, sound.beside).store(tmp_path))
-        if witness.counts is not None:
+        if witness.counts is not None and not witness.counts["check-errors"]:
             found = witness.counts["corruptions"], witness.counts["leaks"]
             assert found == (report.corruptions, report.leaks), (turn, witness)
         again = mended(after, repair)

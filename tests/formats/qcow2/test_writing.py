@@ -455,9 +455,8 @@ def test_a_table_named_twice_is_not_changed() -> None:
         image.disk.pwrite(3 << 20, b"b")
     data = bytes(tape.data)
     twice = poked(data, 3 * K + 8, l1_of(data)[0])
-    with Image(Tape(twice)) as image:
-        with pytest.raises(CorruptImage, match="L1 entry 1"):
-            image.disk.pwrite((2 << 20) + 2 * K, b"x")
+    with Image(Tape(twice)) as image, pytest.raises(CorruptImage, match="L1 entry 1"):
+        image.disk.pwrite((2 << 20) + 2 * K, b"x")
     with Image(Tape(twice)) as image, pytest.raises(CorruptImage, match="L1 entry 0"):
         image.disk.zero(0, K)
 

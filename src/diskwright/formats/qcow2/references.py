@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 WINDOW: Final = 1 << 24
 """Host clusters whose counts are held at a time: 64 MiB for both kinds, 1 TiB of image at 64 KiB clusters."""
 
-MAX_WINDOWS: Final = 2048
-"""Windows looked at, at most: as many as the largest refcount table with 64 KiB clusters can span."""
+MAX_WINDOWS: Final = 256
+"""Windows looked at, at most: each is a walk over all tables. 256 TiB of file at 64 KiB clusters."""
 
 TOP: Final = 0xFFFF
 """Counts above this are not told apart."""

@@ -90,6 +90,7 @@ class Scan(References):
         """When there is one: how often the clusters behind the end of the file are referred to all the same."""
         self.unknown: list[tuple[int, int]] = []
         """Ranges ``[start, stop)`` of the window whose refcounts cannot be read."""
+        self._doubtful: NDArray[np.bool_] | None = None  # the same, cluster by cluster
         self.rebuild = False
         """Whether refcount structures themselves are damaged."""
         self.with_refcount_structures = True
@@ -123,8 +124,6 @@ class Scan(References):
         header, g = self.header, self.g
         if self.with_refcount_structures:
             self._counted = self._windows_with_blocks()
-            for number in self._counted.tolist():
-                self.touch(number)
             self.load_refcounts()
         self.region("the header", 0, g.cluster_size)
         self.walk_l1("the L1 table", header.l1_table_offset, header.l1_size, active=True)
@@ -166,6 +165,9 @@ class Scan(References):
             start, stop = max(first, self.low), min(first + per_block, self.high)
             if offset & g.cluster_mask or offset >= 1 << 63:
                 self.unknown.append((start, stop))
+                if self._doubtful is None:
+                    self._doubtful = np.zeros(self.high - self.low, np.bool_)
+                self._doubtful[start - self.low : stop - self.low] = True
                 self.report.check_errors += max(0, min(stop, g.clusters(self.end)) - start)
             elif offset < self.end:  # beyond it all counts read as 0
                 counts = self.block_counts(offset)
@@ -181,10 +183,10 @@ class Scan(References):
 
     def _windows_with_blocks(self) -> Hosts:
         """Numbers of all windows of which some counts exist."""
-        table = self.table
-        if not len(table):
+        if not len(self.table):
             return np.zeros(0, np.int64)
-        there = np.frombuffer(table, np.uint64) & _u64(REFTABLE_OFFSET_MASK)
+        places = np.frombuffer(self.table, np.uint64) & _u64(REFTABLE_OFFSET_MASK)
+        there = (places != 0) & (places < _u64(self.end)) & (places & _u64(self.g.cluster_mask) == 0)
         return np.unique((np.flatnonzero(there) << self.g.block_bits) // references.WINDOW)
 
     def block_counts(self, offset: int) -> Counts:
@@ -402,12 +404,16 @@ class Scan(References):
             inside = (hosts >= self.low) & (hosts < self.high)
             wrong = np.zeros(len(hosts), np.bool_)
             wrong[inside] = (self.refcounts[hosts[inside] - self.low] == 1) != copied[inside]
+            elsewhere = np.unique(hosts[~inside] // references.WINDOW)
+            for number in elsewhere[np.isin(elsewhere, self._counted)].tolist():
+                self.touch(number)
             if not self.quiet:
                 # Where nothing is counted no other walk will come by.
                 alone = (hosts >= self.reach) | ~np.isin(hosts // references.WINDOW, self._counted)
                 wrong |= ~inside & copied & (hosts > self.last) & alone
-        for start, stop in self.unknown:
-            wrong &= (hosts < start) | (hosts >= stop)
+        if self._doubtful is not None:
+            inside = (hosts >= self.low) & (hosts < self.high)
+            wrong[inside] &= ~self._doubtful[hosts[inside] - self.low]
         self._report_copied(_sum(wrong, weights), int(entries[int(np.argmax(wrong))]), what)
 
     def _report_copied(self, bad: int, first: int, what: str) -> None:
