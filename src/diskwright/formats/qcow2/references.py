@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     Hosts = NDArray[np.int64]
     Counts = NDArray[np.uint16]
 
-WINDOW: Final = 1 << 24
-"""Host clusters whose counts are held at a time: 64 MiB for both kinds, 1 TiB of image at 64 KiB clusters."""
+WINDOW: Final = 1 << 25
+"""Host clusters whose counts are held at a time: 128 MiB for both kinds, 2 TiB of image at 64 KiB clusters. As many as
+the largest refcount block counts, or a multiple of it."""
 
-MAX_WINDOWS: Final = 256
+MAX_WINDOWS: Final = 128
 """Windows looked at, at most: each is a walk over all tables. 256 TiB of file at 64 KiB clusters."""
 
 TOP: Final = 0xFFFF
