@@ -77,7 +77,7 @@ def _tabulate(settings: Settings, results: dict[str, dict[str, Series]], report:
     size = settings.table_disk >> 30
     report.table(
         table(
-            f"check and map of a fully allocated qcow2 of {size} GiB, and of one of a tenth in random order; info of a small one",
+            f"check and map of a full qcow2 of {size} GiB, and of one of a tenth in random order; info",
             head,
             rows,
         )

@@ -18,7 +18,6 @@ import pytest
 
 from diskwright.cli.main import main
 from diskwright.errors import DiskwrightError
-from diskwright.formats.qcow2 import header as header_module
 from tests.crash.recording import recorded
 from tests.formats.qcow2.support import LONG, Image
 from tests.fuzz.mutations import mutated
@@ -43,13 +42,6 @@ class Verdict(NamedTuple):
     code: int
     counts: dict[str, int] | None
     err: str
-
-
-@pytest.fixture(autouse=True)
-def all_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A check needs no more of these than it knows itself."""
-    readable = header_module._READABLE | header_module.DATA_FILE | header_module.EXTENDED_L2
-    monkeypatch.setattr(header_module, "_READABLE", readable)
 
 
 @pytest.fixture(scope="module")
