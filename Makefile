@@ -6,7 +6,7 @@ JOBS ?= 2
 ARGS ?=
 
 .NOTPARALLEL:
-.PHONY: help demo test lint bench test-long clean setup-test
+.PHONY: help demo test lint bench test-long fuzz clean setup-test
 
 help:
 	@echo "make demo       set up, then mirror a file system in use and verify the copy"
@@ -14,6 +14,7 @@ help:
 	@echo "make lint       ruff, mypy --strict, import-linter"
 	@echo "make bench      set up, then measure against other programs"
 	@echo "make test-long  the tests with longer campaigns: about an hour"
+	@echo "make fuzz       damage qcow2 images at random, and compare with qemu-img (SCALE=50)"
 	@echo "make clean      remove .venv, .cache and all caches"
 
 demo:
@@ -34,6 +35,10 @@ test: lint
 
 test-long: lint
 	@DISKWRIGHT_LONG=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --timeout 3600 $(ARGS)
+
+SCALE ?= 50
+fuzz: setup-test
+	@DISKWRIGHT_FUZZ=$(SCALE) $(BIN)/python -m pytest -n $(JOBS) tests/fuzz $(ARGS)
 
 bench:
 	@$(PYTHON) tools/setup.py bench

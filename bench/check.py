@@ -26,13 +26,22 @@ def run(settings: Settings, folder: str, report: Report) -> None:
     require_room(folder, 2 << 30)
     with subfolder(folder, "check") as place:
         large, small = os.path.join(place, "large.qcow2"), os.path.join(place, "small.qcow2")
+        fragmented = os.path.join(place, "fragmented.qcow2")
         say(f"check: making the tables of a disk of {settings.table_disk >> 30} GiB")
         images.tables_only(large, settings.table_disk)
         images.empty_qcow2(small, 1 << 30)
         flush(large)
+        say(f"check: making one of {settings.table_disk // 10 >> 30} GiB in random order")
+        images.tables_only(fragmented, settings.table_disk // 10 & -(1 << 30))
+        images.shuffle(fragmented)
+        flush(fragmented)
         tasks = {
             "check": (large, ["check"], settings.rounds),
-            "map": (large, ["map", "--output=json"], settings.rounds),
+            "map, json": (large, ["map", "--output=json"], settings.rounds),
+            "map": (large, ["map"], settings.rounds),
+            "check, fragmented": (fragmented, ["check"], settings.rounds),
+            "map, json, fragmented": (fragmented, ["map", "--output=json"], settings.rounds),
+            "map, fragmented": (fragmented, ["map"], settings.rounds),
             "info": (small, ["info"], settings.start_rounds),
         }
         results = {}
@@ -66,7 +75,13 @@ def _tabulate(settings: Settings, results: dict[str, dict[str, Series]], report:
         records.append(_record(task, found, speed))
     head = ["milliseconds", *names, "speed to qemu-img", "qemu CPU", "our CPU", "qemu memory", "our memory"]
     size = settings.table_disk >> 30
-    report.table(table(f"check and map of a fully allocated qcow2 of {size} GiB; info of a small one", head, rows))
+    report.table(
+        table(
+            f"check and map of a full qcow2 of {size} GiB, and of one of a tenth in random order; info",
+            head,
+            rows,
+        )
+    )
     report.add("check", records)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import struct
 from typing import Final
 
 from tests.peers.process import run
@@ -20,6 +21,8 @@ SMALL_FILES: Final = 3000
 """How many files below LARGE_FILE are taken: a file system has them, and tens of thousands take minutes to copy."""
 LARGE_FILE: Final = 64 << 10
 MAKE_TIMEOUT: Final = 600.0
+_PLACE: Final = 0x00FF_FFFF_FFFF_FE00
+"""What is a file offset in an entry of a qcow2 table."""
 
 
 def random_raw(path: str, size: int) -> None:
@@ -48,6 +51,29 @@ def tables_only(path: str, size: int) -> None:
     """A qcow2 image with every cluster allocated and nothing in them: all tables, hardly any space."""
     words = ("-q", "-f", "qcow2", "-o", "preallocation=metadata")
     run("qemu-img", "create", *words, path, str(size), timeout=MAKE_TIMEOUT)
+
+
+def shuffle(path: str) -> None:
+    """Fragments an image made by ``tables_only``, as hard as can be: the guest's clusters lie in random order, within
+    each L2 table and over the whole file. Which clusters are in use stays the same."""
+    import numpy as np
+
+    with open(path, "r+b") as file:
+        head = file.read(104)
+        l1_size, l1_offset = struct.unpack_from(">IQ", head, 36)
+        size = 1 << struct.unpack_from(">I", head, 20)[0]
+        file.seek(l1_offset)
+        places = [entry & _PLACE for (entry,) in struct.iter_unpack(">Q", file.read(l1_size * 8)) if entry & _PLACE]
+        tables = np.empty((len(places), size // 8), ">u8")
+        for i, place in enumerate(places):
+            file.seek(place)
+            tables[i] = np.frombuffer(file.read(size), ">u8")
+        flat = tables.reshape(-1)
+        used = np.flatnonzero(flat)
+        flat[used] = np.random.default_rng(1).permutation(flat[used])
+        for i, place in enumerate(places):
+            file.seek(place)
+            file.write(tables[i].tobytes())
 
 
 def shared_file_system(folder: str, size: int) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from diskwright.cli import common
 from diskwright.cli.common import PROGRAM, Failure, UsageError
 from diskwright.cli.output import json_text
-from diskwright.errors import DiskwrightError, message_of
+from diskwright.errors import DiskwrightError, OptionError, message_of
 
 if TYPE_CHECKING:
     from diskwright.core.driver import CheckReport
@@ -58,30 +58,26 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _open(graph: Graph, filename: str, args: argparse.Namespace, cache: str | None) -> Node:
-    """The image; for a repair with whatever option its format has for opening what is damaged."""
-    from diskwright.core.driver import Format
-    from diskwright.core.options import describe
-    from diskwright.core.registry import find
+    """The image, with whatever option its format has for opening what is damaged."""
 
-    def opened(**more: object) -> Node:
+    def opened(options: dict[str, object]) -> Node:
         return common.open_image(
             graph,
             filename,
             format=args.format,
             image_opts=args.image_opts,
+            writable=args.repair is not None,
             force_share=args.force_share,
             cache=cache,
-            **more,  # type: ignore[arg-type]
+            options=options,
         )
 
-    if args.repair is None:
-        return opened()
-    looked_at = opened(backing=False) if not args.force_share else opened(writable=True)
-    driver = find(looked_at.driver_name)
-    graph.release(looked_at)
-    if issubclass(driver, Format) and any(info.name == "repair" for info in describe(driver.options)):
-        return opened(writable=True, options={"repair": True})
-    return opened(writable=True)
+    try:
+        return opened({"repair": True})
+    except Failure as failure:
+        if isinstance(failure.__cause__, OptionError) and "'repair'" in str(failure.__cause__):
+            return opened({})
+        raise
 
 
 def _check(node: Node, repair: str) -> CheckReport:

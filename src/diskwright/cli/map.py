@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from bisect import bisect_right
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -146,33 +147,66 @@ def _rows_of(run: Status, files: _Files) -> Iterator[Row]:
     if place < 0:
         yield Row(run.offset, run.length, run.depth, run.present, run.zero, run.data, -1, "")
         return
-    file, sparse = files.of(run.node)
+    file, holes = files.of(run.node)
     row = Row(run.offset, run.length, run.depth, run.present, run.zero, run.data, place, file.filename)
-    if run.data and sparse:
-        yield from _with_holes(row, file)
+    if run.data and holes is not None:
+        yield from _with_holes(row, holes)
     else:
         yield row
 
 
-def _with_holes(row: Row, file: Node) -> Iterator[Row]:
+def _with_holes(row: Row, holes: _Holes) -> Iterator[Row]:
     """``row`` cut up by whether the file has anything where its bytes would be."""
-    from diskwright.extents import ZERO
+    start, place, end = row.start, row.place, row.place + row.length
+    while place < end:
+        stop, hole = holes.run_at(place)
+        length = min(stop, end) - place
+        yield Row(start, length, row.depth, row.present, hole, row.data, place, row.filename)
+        start, place = start + length, place + length
 
-    for run in file.extents(row.place, row.length):
-        start = row.start + run.offset - row.place
-        yield row._replace(start=start, length=run.length, place=run.offset, zero=run.kind == ZERO)
+
+class _Holes:
+    """What is known of a file's holes. Asking the kernel for each cluster of a fragmented image would take longer than
+    all the rest."""
+
+    _MOST: Final = 4096
+
+    def __init__(self, file: Node) -> None:
+        self._file, self._size = file, file.size
+        self._starts: list[int] = []
+        self._runs: list[tuple[int, bool]] = []  # (end, whether it is a hole)
+
+    def run_at(self, offset: int) -> tuple[int, bool]:
+        """``(end, whether it is a hole)`` of the run that ``offset`` is in. Behind the file's end all is hole."""
+        from diskwright.extents import ZERO
+
+        at = bisect_right(self._starts, offset)
+        if at and offset < self._runs[at - 1][0]:
+            return self._runs[at - 1]
+        if offset >= self._size:
+            return 1 << 63, True
+        run = self._file.extent_at(offset, self._size - offset)
+        found = offset + run.length, run.kind == ZERO
+        if len(self._starts) >= self._MOST:
+            self._starts.clear()
+            self._runs.clear()
+            at = 0
+        self._starts.insert(at, offset)
+        self._runs.insert(at, found)
+        return found
 
 
 class _Files:
-    """For each layer the file its bytes are in, and whether that file's holes are worth looking for."""
+    """For each layer the file its bytes are in, and that file's holes when they are worth looking for."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[Node, bool]] = {}
+        self._known: dict[int, tuple[Node, _Holes | None]] = {}
 
-    def of(self, node: Node) -> tuple[Node, bool]:
+    def of(self, node: Node) -> tuple[Node, _Holes | None]:
         known = self._known.get(id(node))
         if known is None:
-            known = self._known[id(node)] = self._look(node)
+            file, sparse = self._look(node)
+            known = self._known[id(node)] = file, _Holes(file) if sparse else None
         return known
 
     @staticmethod

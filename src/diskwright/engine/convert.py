@@ -93,9 +93,7 @@ class Conversion:
             chunk=chunk,
         )
 
-    def _ranges(
-        self, source: Node, offset: int, end: int, base: Node | None, chunk: int, unit: int
-    ) -> Iterator[Range]:
+    def _ranges(self, source: Node, offset: int, end: int, base: Node | None, chunk: int, unit: int) -> Iterator[Range]:
         whole = data_plan(source, self.leases, end, zeros=not self.target_is_zero, chunk=chunk, base=base, unit=unit)
         for at, length in whole:
             if at + length > offset:

@@ -173,10 +173,10 @@ def poked(data: bytes, offset: int, value: int, width: int = 8) -> bytes:
 # -- QEMU ------------------------------------------------------------------------------------------------
 
 
-def qemu(*arguments: object) -> str:
-    """Runs one of QEMU's tools to its end. It fails the test when it fails."""
+def qemu(*arguments: object, folder: Path | None = None) -> str:
+    """Runs one of QEMU's tools to its end, in ``folder``. It fails the test when it fails."""
     command = [find(str(arguments[0])), *map(str, arguments[1:])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
     return done.stdout
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from diskwright.errors import DiskwrightError, LimitExceeded
-from diskwright.formats.qcow2 import scan
+from diskwright.formats.qcow2 import references, scan
 from diskwright.formats.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK
 from tests.formats.qcow2.support import (
     LONG,
@@ -299,7 +299,7 @@ def test_small_windows_and_batches_give_the_same(name: str, folder: Path, monkey
         with monkeypatch.context() as patch:
             header = header_of(data)
             per_block = 1 << header.geometry.block_bits
-            patch.setattr(scan, "WINDOW", per_block)
+            patch.setattr(references, "WINDOW", per_block)
             patch.setattr("diskwright.formats.qcow2.check._AT_ONCE", 37)
             patch.setattr(scan, "_BATCH", 1)
             patch.setattr(scan, "_FEW_RUNS", 1 << 30)
@@ -310,8 +310,8 @@ def test_scattered_clusters_are_limited(monkeypatch: pytest.MonkeyPatch) -> None
     tape = Tape(created(size=4 << 20, cluster_size=512))
     with Image(tape) as image:
         image.disk.pwrite(0, b"a" * (1 << 20))
-    monkeypatch.setattr(scan, "WINDOW", 256)
-    monkeypatch.setattr(scan, "MAX_WINDOWS", 3)
+    monkeypatch.setattr(references, "WINDOW", 256)
+    monkeypatch.setattr(references, "MAX_WINDOWS", 3)
     with pytest.raises(LimitExceeded, match="too far apart"):
         checked(bytes(tape.data))
 

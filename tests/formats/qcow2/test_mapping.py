@@ -131,8 +131,8 @@ def test_places_that_are_not_aligned_are_refused(entry: int, why: str) -> None:
         assert image.format.in_place(8192, 10) == -1
         with pytest.raises(CorruptImage):
             image.disk.pwrite(8192, b"x")
-        with pytest.raises(CorruptImage):
-            image.disk.zero(8192, 4096)
+    with Image(Tape(data)) as image, pytest.raises(CorruptImage):
+        image.disk.zero(8192, 4096)
 
 
 def test_version_2_has_no_zero_clusters() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from diskwright.errors import CorruptImage
+from diskwright.errors import CorruptImage, ImageError
 from diskwright.extents import DATA, UNALLOCATED, ZERO, Extent
 from diskwright.formats.qcow2.layout import COPIED, OFFSET_MASK
 from tests.formats.qcow2.support import (
@@ -398,6 +398,11 @@ def damaged(offset: int, entry: int) -> bytes:
     return poked(bytes(tape.data), l2_entry_place(bytes(tape.data), offset), entry)
 
 
+def marked(data: bytes) -> bytes:
+    """The image with the corrupt bit set."""
+    return poked(data, 72, 2)
+
+
 @pytest.mark.parametrize("cluster", [1, 2, 3, 4])
 def test_a_guest_cluster_that_lies_on_metadata_is_not_written(cluster: int) -> None:
     """Refcount table, refcount block, L1 table and L2 table, each with the refcount 1."""
@@ -407,8 +412,13 @@ def test_a_guest_cluster_that_lies_on_metadata_is_not_written(cluster: int) -> N
         assert image.format.in_place(0, K) == -1
         with pytest.raises(CorruptImage, match=r"place of guest offset 0x0 is 0x[1-4]000: metadata"):
             image.disk.pwrite(0, b"!" * K)
-        image.disk.pwrite(K, b"fine")
-    assert bytes(tape.data[: 5 * K]) == data[: 5 * K]
+        with pytest.raises(ImageError, match="was found corrupt"):
+            image.disk.pwrite(K, b"fine")
+    assert bytes(tape.data) == marked(data)
+    with pytest.raises(ImageError, match="is marked corrupt"):
+        Image(tape)
+    with Image(tape, writable=False) as image:
+        assert image.disk.pread(K, K) == b"a" * K
 
 
 def test_a_cluster_counted_as_free_is_not_written() -> None:
@@ -435,7 +445,7 @@ def test_metadata_counted_as_free_is_not_allocated() -> None:
         tape = Tape(data)
         with Image(tape) as image, pytest.raises(CorruptImage, match="metadata lies there"):
             image.disk.pwrite(0, b"x")
-        assert bytes(tape.data) == data
+        assert bytes(tape.data) == marked(data)
 
 
 def test_a_table_named_twice_is_not_changed() -> None:
@@ -445,21 +455,18 @@ def test_a_table_named_twice_is_not_changed() -> None:
         image.disk.pwrite(3 << 20, b"b")
     data = bytes(tape.data)
     twice = poked(data, 3 * K + 8, l1_of(data)[0])
-    with Image(Tape(twice)) as image:
-        with pytest.raises(CorruptImage, match="L1 entry 1"):
-            image.disk.pwrite((2 << 20) + 2 * K, b"x")
-        with pytest.raises(CorruptImage, match="L1 entry 0"):
-            image.disk.zero(0, K)
+    with Image(Tape(twice)) as image, pytest.raises(CorruptImage, match="L1 entry 1"):
+        image.disk.pwrite((2 << 20) + 2 * K, b"x")
+    with Image(Tape(twice)) as image, pytest.raises(CorruptImage, match="L1 entry 0"):
+        image.disk.zero(0, K)
 
 
 def test_a_table_that_is_something_else_is_not_changed() -> None:
     for cluster in (1, 2, 3):
         data = poked(NEW, 3 * K, cluster * K | COPIED)
-        tape = Tape(data)
-        with Image(tape) as image:
-            for offset in (0, K, 300 * K):
-                with pytest.raises(CorruptImage):
-                    image.disk.pwrite(offset, b"x")
-                with pytest.raises(CorruptImage):
-                    image.disk.zero(offset, K)
-        assert bytes(tape.data) == data
+        for offset in (0, K, 300 * K):
+            for attempt in (lambda disk, at: disk.pwrite(at, b"x"), lambda disk, at: disk.zero(at, K)):
+                tape = Tape(data)
+                with Image(tape) as image, pytest.raises(CorruptImage):
+                    attempt(image.disk, offset)
+                assert bytes(tape.data) == marked(data)

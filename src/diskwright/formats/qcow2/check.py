@@ -23,7 +23,7 @@ _AT_ONCE: Final = 1 << 20
 
 
 def check(image: Qcow2, repair: str) -> CheckReport:
-    """See ``Format.check``; ``repair`` is off (or none), leaks or all. Memory is bounded by ``scan.WINDOW``.
+    """See ``Format.check``; ``repair`` is off (or none), leaks or all. Memory is bounded by ``references.WINDOW``.
 
     Raises ImageError when repair is asked of a read-only image, OSError, LimitExceeded.
     """
@@ -32,9 +32,10 @@ def check(image: Qcow2, repair: str) -> CheckReport:
         if image.writer is not None:
             image.writer.close()
         return inspect(file, read_header(file)).report
-    if image.writer is None:
+    if not image.can_repair:
         raise ImageError(f"{file.filename}: is open read-only, and cannot be repaired")
-    image.writer.close()
+    if image.writer is not None:
+        image.writer.close()
     from diskwright.formats.qcow2.repair import mend
 
     try:
@@ -49,13 +50,15 @@ class Findings:
     def __init__(self, report: CheckReport) -> None:
         self.report = report
         self.rebuild = False
+        self.beyond = False
+        """Whether clusters behind the end of the file are referred to, near enough to be taken for real."""
         self.windows: list[int] = []
         """All windows that anything lies in."""
 
 
 def inspect(file: Node, header: Header) -> Findings:
     """Walks over the image, once for every window of host clusters, and changes nothing."""
-    from diskwright.formats.qcow2.scan import Scan
+    from diskwright.formats.qcow2.scan import Scan, nearby
 
     report = CheckReport(total_clusters=header.geometry.clusters(header.size))
     findings = Findings(report)
@@ -64,7 +67,9 @@ def inspect(file: Node, header: Header) -> Findings:
     while waiting:
         number = min(waiting)
         scan = Scan(file, header, report, number, quiet=bool(done))
+        scan.beyond = None if done else nearby(file, header)
         scan.run()
+        findings.beyond |= scan.beyond is not None and bool(scan.beyond.any())
         highest = max(highest, _compare(scan, clusters))
         findings.rebuild |= scan.rebuild
         done.add(number)

@@ -47,6 +47,8 @@ class Qcow2(Format):
         self.header = header
         self.size, self.backing = header.size, header.backing
         self.cluster_size = 1 << header.cluster_bits
+        if options.repair:
+            return  # nothing is looked up: tables may be damaged, and are looked at by check alone
         # A writer needs half of it: a quarter for refcounts, another for places it knows it may write to.
         self.mapping = Mapping(file, header, options.cache_size // (1 if self._leases is None else 2))
         self._decoder = Decoder(file.filename, header.compression, self.cluster_size)
@@ -69,20 +71,20 @@ class Qcow2(Format):
         """See ``Format.open``. An image marked dirty is repaired when it is opened for writing."""
         header = read_header(context.file)
         image = cls(context.file, header, options, context.leases if context.writable else None)
-        if context.writable:
+        if context.writable and not options.repair:
             image._begin_writing()
         return image
 
     def _begin_writing(self) -> None:
-        header, path, options = self.header, self.children[0].filename, self._options
+        header, path = self.header, self.children[0].filename
         if header.autoclear_features & fields.BITMAPS and header.extension(fields.EXT_BITMAPS) is not None:
             raise UnsupportedFeature(f"{path}: has persistent dirty bitmaps, which cannot be kept up to date here")
-        if header.incompatible_features & fields.CORRUPT and not options.repair:
+        if header.incompatible_features & fields.CORRUPT:
             raise ImageError(f"{path}: is marked corrupt; open it read-only, or repair it before writing to it")
-        if not header.refcount_table_clusters and not options.repair:
+        if not header.refcount_table_clusters:
             raise CorruptImage(path, "refcount_table_clusters", 0, 56, "there are no refcounts; repair the image")
         self._clear_autoclear()
-        if header.incompatible_features & fields.DIRTY and not options.repair:
+        if header.incompatible_features & fields.DIRTY:
             from diskwright.formats.qcow2.repair import mend
 
             report = mend(self.children[0], "all")
@@ -96,8 +98,7 @@ class Qcow2(Format):
         file, header, cache = self.children[0], self.header, self._options.cache_size
         refcounts = Refcounts(file, header, cache // 4)
         self.writer = Writer(file, header, self.mapping, refcounts, self._leases, cache // 4)
-        if not self._options.repair:
-            self.in_place = self.writer.in_place  # type: ignore[method-assign]
+        self.in_place = self.writer.in_place  # type: ignore[method-assign]
 
     def reload(self) -> None:
         """Forgets what is cached and begins again from what is in the file. Nothing may wait to be written."""
@@ -113,24 +114,58 @@ class Qcow2(Format):
             self.children[0].pwrite(fields.AT_AUTOCLEAR, bytes(8))
             self.children[0].flush()
 
+    @property
+    def can_repair(self) -> bool:
+        """Whether it is open for writing, to a guest's or to check's."""
+        return self._leases is not None
+
     # -- the map ---------------------------------------------------------------------------------
     def extent_at(self, offset: int, length: int) -> Extent:
-        return self.mapping.extent_at(offset, length)
+        raise self._for_repair_only()
 
     def extents(self, offset: int, length: int) -> Extents:
-        return self.mapping.extents(offset, length)
+        raise self._for_repair_only()
+
+    def _for_repair_only(self) -> ImageError:
+        return ImageError(f"{self.children[0].filename}: is open for repair only")
 
     def decode(self, extent: Extent, raw: memoryview, into: memoryview) -> None:
         self._decoder.decode(extent, raw, into)
 
     def reserve(self, offset: int, length: int) -> Reservation:
-        return self._writing().reserve(offset, length)
+        try:
+            return self._writing().reserve(offset, length)
+        except CorruptImage:
+            self._mark_corrupt()
+            raise
 
     def zero(self, offset: int, length: int, *, unmap: bool) -> tuple[int, int]:
-        return self._writing().zero(offset, length, unmap=unmap)
+        try:
+            return self._writing().zero(offset, length, unmap=unmap)
+        except CorruptImage:
+            self._mark_corrupt()
+            raise
 
     def discard(self, offset: int, length: int) -> None:
-        self._writing().discard(offset, length)
+        try:
+            self._writing().discard(offset, length)
+        except CorruptImage:
+            self._mark_corrupt()
+            raise
+
+    def _mark_corrupt(self) -> None:
+        """From now on, and whoever opens it, the image is not written to before it has been repaired: where one
+        table is wrong nobody knows what else a write would damage. Version 2 has no bit to say so for later."""
+        header = self.header
+        if header.incompatible_features & fields.CORRUPT:
+            return
+        header.incompatible_features |= fields.CORRUPT
+        self.__dict__.pop("in_place", None)
+        if header.version >= 3:
+            try:
+                self.children[0].pwrite(fields.AT_INCOMPATIBLE, struct.pack(">Q", header.incompatible_features))
+            except OSError:
+                pass  # what is wrong is told anyway
 
     def flush(self) -> None:
         if self.writer is None:
@@ -139,9 +174,12 @@ class Qcow2(Format):
             self.writer.checkpoint()
 
     def _writing(self) -> Writer:
-        if self.writer is None or self._options.repair:
-            why = "read-only" if self.writer is None else "for repair only"
-            raise ImageError(f"{self.children[0].filename}: is open {why}")
+        if self._options.repair:
+            raise self._for_repair_only()
+        if self.writer is None:
+            raise ImageError(f"{self.children[0].filename}: is open read-only")
+        if self.header.incompatible_features & fields.CORRUPT:
+            raise ImageError(f"{self.children[0].filename}: was found corrupt; repair it before writing to it")
         return self.writer
 
     # -- the whole -------------------------------------------------------------------------------
@@ -182,7 +220,7 @@ class Qcow2(Format):
         if self.backing is not None:
             return False
         # Preallocated clusters show what the storage held before, where that is not zeros.
-        return self.children[0].zero_init or not any(self.mapping.l1)
+        return self.children[0].zero_init or not (self._options.repair or any(self.mapping.l1))
 
     def close(self) -> None:
         if self.writer is not None:

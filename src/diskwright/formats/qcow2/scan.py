@@ -9,59 +9,57 @@ is bounded by the size of the metadata.
 from __future__ import annotations
 
 import sys
+from array import array
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from diskwright.core.driver import CheckReport
-from diskwright.errors import CorruptImage, DiskwrightError, LimitExceeded
-from diskwright.formats.qcow2 import bitmaps
+from diskwright.formats.qcow2 import references
+from diskwright.formats.qcow2.header import DATA_FILE, EXTENDED_L2
 from diskwright.formats.qcow2.layout import (
     COMPRESSED,
     COPIED,
     L1_RESERVED,
     L2_RESERVED,
-    MAX_L1_BYTES,
     OFFSET_MASK,
     REFTABLE_OFFSET_MASK,
     REFTABLE_RESERVED,
 )
-from diskwright.formats.qcow2.mapping import read_table
 from diskwright.formats.qcow2.refcounts import expand_bytes
-from diskwright.formats.qcow2.snapshots import read_snapshots
+from diskwright.formats.qcow2.references import TOP, References
+from diskwright.formats.qcow2.scan_extras import walk_bitmaps, walk_snapshots
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from diskwright.core.node import Node
     from diskwright.formats.qcow2.header import Header
+    from diskwright.formats.qcow2.references import Counts, Hosts
 
-    Hosts = NDArray[np.int64]
     Entries = NDArray[np.uint64]
-    Counts = NDArray[np.uint16]
-
-WINDOW: Final = 1 << 25
-"""Host clusters whose counts are held at a time: 128 MiB for both kinds, 2 TiB of image at 64 KiB clusters."""
-
-MAX_WINDOWS: Final = 1024
-"""Windows looked at, at most: as many as the largest refcount table with 64 KiB clusters can span."""
 
 _BATCH: Final = 256 << 10
 """Bytes of L2 tables looked at together: what is made of them stays in a processor's cache."""
 
+_L1_BATCH: Final = 1 << 18
+"""L1 entries looked at together: 2 MiB of them."""
+
+_MOST_NEARBY: Final = 1 << 20
+
+_CLIPPED: Final = 1 << 20
+"""Counts looked at together."""
+
 _FEW_RUNS: Final = 64
 """Entries a run needs on average for runs to be quicker than entries."""
-
-_TOP: Final = 0xFFFF
-"""Counts above this are not told apart."""
 
 
 def _u64(value: int) -> np.uint64:
     return np.uint64(value)
 
 
-class Scan:
+class Scan(References):
     """One walk, with the references to and refcounts of the clusters of one window, ``[low, high)``.
 
     What it finds goes into ``report``; when ``quiet`` only counts of the window are made, and what concerns the
@@ -72,26 +70,29 @@ class Scan:
         """``number`` is the window's; ``low`` and ``high`` bound the clusters in it."""
         self.file, self.header, self.report, self.quiet = file, header, report, quiet
         self.g = header.geometry
+        self.extended = bool(header.incompatible_features & EXTENDED_L2)
+        self.data_file = bool(header.incompatible_features & DATA_FILE)
+        self.l2_bits = self.g.cluster_bits - (4 if self.extended else 3)
         self.end = file.size
         self.last = self.g.clusters(self.end)
         """No reference that counts goes beyond this cluster."""
-        table = self._reftable()
-        last_block = max((i for i, entry in enumerate(table) if entry), default=-1)
+        self.table = self._reftable()
+        last_block = max((i for i, entry in enumerate(self.table) if entry), default=-1)
         self.reach = reach = (last_block + 1) << self.g.block_bits
         """No cluster from here on has a refcount."""
-        self.low = number * WINDOW
+        low = number * references.WINDOW
         # Most images are much smaller than a window.
-        self.high = min(self.low + WINDOW, max(self.last + 1, reach, self.low + 1))
-        low, high = self.low, self.high
+        high = min(low + references.WINDOW, max(self.last + 1, reach, low + 1))
+        super().__init__(file.filename, low, high)
         self._most = (1 << (1 << header.refcount_order)) - 1
-        self.references: Counts = np.zeros(high - low, np.uint16)
         self.refcounts: Counts = np.zeros(high - low, np.uint16)
+        self.beyond: NDArray[np.int64] | None = None
+        """When there is one: how often the clusters behind the end of the file are referred to all the same."""
         self.unknown: list[tuple[int, int]] = []
         """Ranges ``[start, stop)`` of the window whose refcounts cannot be read."""
+        self._doubtful: NDArray[np.bool_] | None = None  # the same, cluster by cluster
         self.rebuild = False
         """Whether refcount structures themselves are damaged."""
-        self.windows: set[int] = set()
-        """Numbers of other windows that are referred to."""
         self.with_refcount_structures = True
 
     # -- reporting -------------------------------------------------------------------------------
@@ -116,82 +117,21 @@ class Scan:
             return
         self.add_run(offset >> g.cluster_bits, (offset + length - 1) >> g.cluster_bits)
 
-    def add_run(self, first: int, last: int, weight: int = 1) -> None:
-        for number in range(first // WINDOW, last // WINDOW + 1):
-            self._touch(number)
-        start, stop = max(first, self.low), min(last + 1, self.high)
-        if start < stop:
-            part = self.references[start - self.low : stop - self.low]
-            np.minimum(part.astype(np.uint32) + np.uint32(min(weight, _TOP)), _TOP, out=part, casting="unsafe")
-
-    def add(self, hosts: Hosts, weights: Hosts | None = None) -> None:
-        """A reference (or ``weights``) to each of ``hosts``, which may repeat."""
-        if not len(hosts):
-            return
-        first, last = int(hosts.min()), int(hosts.max())
-        if first < self.low or last >= self.high:
-            for number in np.unique(hosts // WINDOW).tolist():
-                self._touch(number)
-            inside = (hosts >= self.low) & (hosts < self.high)
-            hosts = hosts[inside]
-            if not len(hosts):
-                return
-            weights = weights[inside] if weights is not None else None
-            first, last = int(hosts.min()), int(hosts.max())
-        span = last - first + 1
-        if span <= 4 * len(hosts):
-            added: NDArray[Any] = np.bincount(hosts - first, weights, span)
-            part = self.references[first - self.low : last + 1 - self.low]
-            np.minimum(part + added.astype(np.int64), _TOP, out=part, casting="unsafe")
-            return
-        places = hosts - self.low
-        if weights is None and self._add_each(places):
-            return
-        # Far apart: counting by sorting takes no memory for what lies between.
-        places, inverse = np.unique(places, return_inverse=True)
-        sums = np.bincount(inverse, weights).astype(np.int64)
-        self.references[places] = np.minimum(self.references[places] + sums, _TOP).astype(np.uint16)
-
-    def _add_each(self, places: Hosts) -> bool:
-        """One reference for each of ``places``; False, and nothing done, when a count might not fit any more."""
-        if len(places) + int(self.references[places].max()) > _TOP:
-            return False
-        # Fast, unlike most uses of it, because all types agree.
-        np.add.at(self.references, places, np.uint16(1))
-        return True
-
-    def _touch(self, number: int) -> None:
-        if number * WINDOW < self.low or number * WINDOW >= self.high:
-            self.windows.add(number)
-            if len(self.windows) > MAX_WINDOWS:
-                raise LimitExceeded(f"{self.file.filename}: its clusters lie too far apart to be checked")
-
     # -- the walk --------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Counts everything. Raises OSError, LimitExceeded."""
-        header, file, g = self.header, self.file, self.g
+        header, g = self.header, self.g
         if self.with_refcount_structures:
             self._counted = self._windows_with_blocks()
-            for number in self._counted.tolist():
-                self._touch(number)
             self.load_refcounts()
         self.region("the header", 0, g.cluster_size)
-        self._walk_l1("the L1 table", header.l1_table_offset, header.l1_size, active=True)
-        snapshots, length = read_snapshots(file, header)
-        for number, snapshot in enumerate(snapshots):
-            if header.version >= 3 and snapshot.extra_data_size < 16:
-                self.corrupt(f"ERROR snapshot {number} lacks the extra data that version 3 asks for")
-            if snapshot.l1_table_offset & g.cluster_mask or snapshot.l1_size * 8 > MAX_L1_BYTES:
-                self.corrupt(f"ERROR snapshot {number} has an impossible L1 table, at {snapshot.l1_table_offset:#x}")
-                continue
-            what = f"the L1 table of snapshot {number}"
-            self._walk_l1(what, snapshot.l1_table_offset, snapshot.l1_size, active=False)
-        self.region("the snapshot table", header.snapshots_offset, length)
+        self.walk_l1("the L1 table", header.l1_table_offset, header.l1_size, active=True)
+        walk_snapshots(self)
         if self.with_refcount_structures:
             table = header.refcount_table_clusters << g.cluster_bits
             self.region("the refcount table", header.refcount_table_offset, table)
-        self._walk_bitmaps()
+        walk_bitmaps(self)
         if self.with_refcount_structures:
             self._walk_refblocks()
         self._clip()
@@ -199,37 +139,19 @@ class Scan:
     def _clip(self) -> None:
         """A refcount has a largest value; more references than that cannot be counted."""
         most = self._most
-        if most >= _TOP:
+        if most >= TOP:
             return
-        over = np.flatnonzero(self.references > most)
-        if len(over):
-            excess = int(self.references[over].astype(np.int64).sum()) - most * len(over)
+        clusters = excess = 0
+        for at in range(0, len(self.references), _CLIPPED):
+            part = self.references[at : at + _CLIPPED]
+            over = np.flatnonzero(part > most)
+            if len(over):
+                clusters += len(over)
+                excess += int(part[over].astype(np.int64).sum()) - most * len(over)
+                part[over] = most
+        if excess:
             self.report.corruptions += excess
-            self.report.say(f"ERROR {len(over)} clusters have more references than fit into a refcount: {most}")
-            self.references[over] = most
-
-    def _walk_bitmaps(self) -> None:
-        found = bitmaps.directory(self.header)
-        if found is None:
-            return
-        offset, size, count = found
-        self.region("the bitmap directory", offset, size)
-        try:
-            for table in bitmaps.tables(self.file, offset, size, count):
-                self.region("a bitmap's table", table.offset, table.size * 8)
-                self._walk_bitmap(bitmaps.read_bitmap_table(self.file, table))
-        except CorruptImage as error:
-            self.corrupt(f"ERROR {error}")
-
-    def _walk_bitmap(self, entries: Any) -> None:
-        for entry in entries:
-            if not entry:
-                continue
-            place = bitmaps.cluster_of(entry, self.g.cluster_size)
-            if place is None:
-                self.corrupt(f"ERROR entry {entry:#x} of a bitmap's table is impossible")
-            elif place:
-                self.region("a bitmap's cluster", place, self.g.cluster_size)
+            self.report.say(f"ERROR {clusters} clusters have more references than fit into a refcount: {most}")
 
     # -- refcount structures ---------------------------------------------------------------------
 
@@ -243,6 +165,9 @@ class Scan:
             start, stop = max(first, self.low), min(first + per_block, self.high)
             if offset & g.cluster_mask or offset >= 1 << 63:
                 self.unknown.append((start, stop))
+                if self._doubtful is None:
+                    self._doubtful = np.zeros(self.high - self.low, np.bool_)
+                self._doubtful[start - self.low : stop - self.low] = True
                 self.report.check_errors += max(0, min(stop, g.clusters(self.end)) - start)
             elif offset < self.end:  # beyond it all counts read as 0
                 counts = self.block_counts(offset)
@@ -251,36 +176,36 @@ class Scan:
     def blocks(self) -> Iterator[tuple[int, int]]:
         """``(number, table entry)`` of the refcount blocks that there are for the window."""
         bits = self.g.block_bits
-        table = self._reftable()
+        table = self.table
         for block in range(self.low >> bits, min(len(table), -(-self.high >> bits))):
             if table[block] & REFTABLE_OFFSET_MASK:
                 yield block, table[block]
 
     def _windows_with_blocks(self) -> Hosts:
         """Numbers of all windows of which some counts exist."""
-        table = self._reftable()
-        if not len(table):
+        if not len(self.table):
             return np.zeros(0, np.int64)
-        there = np.frombuffer(table, np.uint64) & _u64(REFTABLE_OFFSET_MASK)
-        return np.unique((np.flatnonzero(there) << self.g.block_bits) // WINDOW)
+        places = np.frombuffer(self.table, np.uint64) & _u64(REFTABLE_OFFSET_MASK)
+        there = (places != 0) & (places < _u64(self.end)) & (places & _u64(self.g.cluster_mask) == 0)
+        return np.unique((np.flatnonzero(there) << self.g.block_bits) // references.WINDOW)
 
     def block_counts(self, offset: int) -> Counts:
-        """The refcounts in the block at ``offset``, those above ``_TOP`` as that."""
+        """The refcounts in the block at ``offset``, those above ``TOP`` as that."""
         raw = np.frombuffer(self.file.pread(offset, self.g.cluster_size), np.uint8)
         order = self.header.refcount_order
         if order < 3:
             return expand_bytes(raw, order).astype(np.uint16)
         counts = raw.view(f">u{1 << (order - 3)}")
-        return np.minimum(counts, _TOP).astype(np.uint16) if order > 4 else counts.astype(np.uint16)
+        return np.minimum(counts, TOP).astype(np.uint16) if order > 4 else counts.astype(np.uint16)
 
-    def _reftable(self) -> Any:
+    def _reftable(self) -> array[int]:
         header = self.header
         count = header.refcount_table_clusters << (self.g.cluster_bits - 3)
-        return read_table(self.file, "refcount_table_offset", header.refcount_table_offset, count)
+        return read_padded(self.file, header.refcount_table_offset, count)
 
     def _walk_refblocks(self) -> None:
         g = self.g
-        for block, entry in enumerate(self._reftable()):
+        for block, entry in enumerate(self.table):
             if not entry:
                 continue
             offset = entry & REFTABLE_OFFSET_MASK
@@ -306,21 +231,22 @@ class Scan:
 
     # -- L1 and L2 -------------------------------------------------------------------------------
 
-    def _walk_l1(self, what: str, offset: int, size: int, *, active: bool) -> None:
-        g = self.g
+    def walk_l1(self, what: str, offset: int, size: int, *, active: bool) -> None:
+        """An L1 table of ``size`` entries, and all that hangs from it."""
         if not size:
             return
         self.region(what, offset, size * 8)
-        try:
-            table = np.frombuffer(read_table(self.file, what, offset, size), np.uint64)
-        except DiskwrightError as error:
-            self.report.check_errors += not self.quiet
-            self.report.say(f"ERROR {error}")
-            return
-        entries = table[table != 0]
+        for at in range(0, size, _L1_BATCH):
+            entries = np.frombuffer(read_padded(self.file, offset + at * 8, min(_L1_BATCH, size - at)), np.uint64)
+            entries = entries[entries != 0]
+            if len(entries):
+                self._walk_l1_entries(what, entries, active)
+
+    def _walk_l1_entries(self, what: str, entries: Entries, active: bool) -> None:
+        g = self.g
         self.corrupt(f"ERROR {what} has entries with reserved bits set", _count(entries & _u64(L1_RESERVED)))
         places = (entries & _u64(OFFSET_MASK)).astype(np.int64)
-        self._count_places(places, None, "L2 tables")
+        self.count_places(places, None, "L2 tables")
         self.corrupt(f"ERROR {what} names L2 tables that are not aligned to a cluster", _count(places & g.cluster_mask))
         if active:
             named = places != 0
@@ -335,27 +261,27 @@ class Scan:
 
     def read_tables(self, places: Hosts) -> Entries:
         """L2 tables as rows of native integers. What lies beyond the end of the file reads as zeros."""
-        per_table = 1 << self.g.l2_bits
-        tables = np.empty((len(places), per_table), np.uint64)
-        raw = memoryview(tables.view(np.uint8).data).cast("B")
         size = self.g.cluster_size
+        tables = np.empty((len(places), size >> 3), np.uint64)
+        raw = memoryview(tables.view(np.uint8).data).cast("B")
         self.file.readv([(place, raw[i * size : (i + 1) * size]) for i, place in enumerate(places.tolist())])
         if sys.byteorder == "little":
             tables.byteswap(inplace=True)
         return tables
 
     def _walk_l2(self, tables: Hosts, times: Hosts, active: bool) -> None:
-        g = self.g
-        entries = self.read_tables(tables)
-        flat = entries.ravel()
+        flat = self.read_tables(tables).ravel()
+        once = int(times.max()) == 1
+        weights = None if once else np.repeat(times, 1 << self.l2_bits)
+        if self.extended:
+            flat, subclusters = np.ascontiguousarray(flat[::2]), flat[1::2]
+            self._check_subclusters(flat, subclusters, weights)
         union = int(np.bitwise_or.reduce(flat))
         if not union:
             return
-        once = int(times.max()) == 1
-        plain = once and not self.unknown and not union & (COMPRESSED | L2_RESERVED | g.cluster_mask)
-        if plain and self._walk_runs(flat, active):
+        plain = not (self.data_file or self.unknown or union & (COMPRESSED | L2_RESERVED | self.g.cluster_mask))
+        if once and plain and self._walk_runs(flat, active):
             return
-        weights = None if once else np.repeat(times, entries.shape[1])
         if union & COMPRESSED:
             compressed = flat & _u64(COMPRESSED) != 0
             self._walk_compressed(flat[compressed], None if weights is None else weights[compressed], active)
@@ -363,26 +289,60 @@ class Scan:
         if union & L2_RESERVED:
             reserved = flat & _u64(L2_RESERVED) != 0
             self.corrupt("ERROR L2 entries have reserved bits set", _sum(reserved, weights))
-        places = (flat & _u64(OFFSET_MASK)).view(np.int64)
+        # At 0 lies the header: wrong as a table, and its flags say nothing.
+        self._walk_standard(flat, weights, active, flags=active and bool(tables[0]))
+
+    def _check_subclusters(self, flat: Entries, subclusters: Entries, weights: Hosts | None) -> None:
+        """Subclusters that are there and zeros at once, or there although the cluster is not, and compressed clusters
+        that have any. The latter are taken out of ``flat``: nobody can tell what they are."""
+        compressed = flat & _u64(COMPRESSED) != 0
+        nowhere = ~compressed & ~self._allocated(flat)
+        both = (subclusters & (subclusters >> _u64(32)) != 0) & ~compressed & ~nowhere
+        lost = (subclusters & _u64(0xFFFF_FFFF) != 0) & nowhere
+        self.corrupt("ERROR subclusters are said to be zeros and allocated", _sum(both, weights))
+        self.corrupt("ERROR subclusters of unallocated clusters are said to be allocated", _sum(lost, weights))
+        mixed = compressed & (subclusters != 0)
+        if mixed.any():
+            copied = mixed & (flat >= _u64(COPIED))
+            self.corrupt("ERROR compressed clusters have the copied flag", _sum(copied, weights))
+            self.corrupt("ERROR compressed clusters have subclusters", _sum(mixed, weights))
+            flat[mixed] = 0
+
+    def _allocated(self, flat: Entries) -> NDArray[np.bool_]:
+        """Which standard entries have a cluster. In a data file one may lie at 0; the flag tells."""
+        mask = OFFSET_MASK | COPIED if self.data_file else OFFSET_MASK
+        there: NDArray[np.bool_] = flat & _u64(mask) != 0
+        return there
+
+    def _walk_standard(self, flat: Entries, weights: Hosts | None, active: bool, *, flags: bool) -> None:
+        """Standard entries, and 0 for others. ``flags``: whether the copied flag is to be right."""
         table = None
-        if np.count_nonzero(places) < len(places):
-            allocated = np.flatnonzero(places)
-            places, flat = places[allocated], flat[allocated]
+        there = self._allocated(flat)
+        if not there.all():
+            allocated = np.flatnonzero(there)
+            flat = flat[allocated]
             weights = None if weights is None else weights[allocated]
-            table = allocated >> g.l2_bits
+            table = allocated >> self.l2_bits
+        if not len(flat):
+            return
+        places = (flat & _u64(OFFSET_MASK)).view(np.int64)
         if active and not self.quiet:
             self._measure(places, table, weights)
-        if union & g.cluster_mask & OFFSET_MASK:
-            unaligned = places & g.cluster_mask != 0
-            self.corrupt("ERROR L2 entries name places that are not aligned to a cluster", _sum(unaligned, weights))
-        self._count_places(places, weights, "clusters")
-        if active and tables[0]:  # at 0 lies the header: wrong as a table, and its flags say nothing
-            self._check_copied(flat, places, weights, "L2 entries")
+        unaligned = places & self.g.cluster_mask != 0
+        self.corrupt("ERROR L2 entries name places that are not aligned to a cluster", _sum(unaligned, weights))
+        if not self.data_file:
+            self.count_places(places, weights, "clusters")
+            if flags:
+                self._check_copied(flat, places, weights, "L2 entries")
+        elif flags:
+            # What lies in a data file belongs to nobody else.
+            wrong = flat < _u64(COPIED)
+            self.corrupt("ERROR L2 entries for the data file lack the copied flag", _sum(wrong, weights))
 
     def _walk_runs(self, flat: Entries, active: bool) -> bool:
         """The same for tables that consist of few long runs of plain clusters; False when these do not."""
         g = self.g
-        per_table = 1 << g.l2_bits
+        per_table = 1 << self.l2_bits
         breaks = np.flatnonzero(np.diff(flat) != _u64(g.cluster_size)) + 1
         if len(breaks) > len(flat) // _FEW_RUNS:
             return False
@@ -396,8 +356,8 @@ class Scan:
         for entry, host, length in zip(heads, hosts, lengths, strict=True):
             part = slice(host - self.low, host - self.low + length)
             references = self.references[part]
-            if references.max() == _TOP:
-                references[references == _TOP] -= 1  # it stays at the top
+            if references.max() == TOP:
+                references[references == TOP] -= 1  # it stays at the top
             references += 1
             if active and self.with_refcount_structures:
                 single = int(np.count_nonzero(self.refcounts[part] == 1))
@@ -407,7 +367,7 @@ class Scan:
             self.report.fragmented_clusters += int(np.count_nonzero(breaks & (per_table - 1)))
         return True
 
-    def _count_places(self, places: Hosts, weights: Hosts | None, what: str) -> None:
+    def count_places(self, places: Hosts, weights: Hosts | None, what: str) -> None:
         """References to whole clusters at ``places``, to two each where these are not aligned."""
         g = self.g
         if not len(places):
@@ -415,6 +375,7 @@ class Scan:
         if int(places.max()) >= self.end:
             beyond = places >= self.end
             self.corrupt(f"ERROR {what} lie beyond the end of the file", _sum(beyond, weights))
+            self._count_beyond(places[beyond], None if weights is None else weights[beyond])
             places = places[~beyond]
             weights = None if weights is None else weights[~beyond]
         hosts = places >> g.cluster_bits
@@ -422,6 +383,14 @@ class Scan:
         astray = places & g.cluster_mask != 0
         if astray.any():
             self.add(hosts[astray] + 1, None if weights is None else weights[astray])
+
+    def _count_beyond(self, places: Hosts, weights: Hosts | None) -> None:
+        if self.beyond is None:
+            return
+        for step in (0, self.g.cluster_mask):  # what is not aligned touches two clusters
+            hosts = ((places + step) >> self.g.cluster_bits) - self.last
+            near = (hosts >= 0) & (hosts < len(self.beyond)) & ((places & self.g.cluster_mask != 0) | (step == 0))
+            np.add.at(self.beyond, hosts[near], 1 if weights is None else weights[near])
 
     def _check_copied(self, entries: Entries, places: Hosts, weights: Hosts | None, what: str) -> None:
         """Bit 63 has to tell whether the refcount is exactly one."""
@@ -435,12 +404,16 @@ class Scan:
             inside = (hosts >= self.low) & (hosts < self.high)
             wrong = np.zeros(len(hosts), np.bool_)
             wrong[inside] = (self.refcounts[hosts[inside] - self.low] == 1) != copied[inside]
+            elsewhere = np.unique(hosts[~inside] // references.WINDOW)
+            for number in elsewhere[np.isin(elsewhere, self._counted)].tolist():
+                self.touch(number)
             if not self.quiet:
                 # Where nothing is counted no other walk will come by.
-                alone = (hosts >= self.reach) | ~np.isin(hosts // WINDOW, self._counted)
+                alone = (hosts >= self.reach) | ~np.isin(hosts // references.WINDOW, self._counted)
                 wrong |= ~inside & copied & (hosts > self.last) & alone
-        for start, stop in self.unknown:
-            wrong &= (hosts < start) | (hosts >= stop)
+        if self._doubtful is not None:
+            inside = (hosts >= self.low) & (hosts < self.high)
+            wrong[inside] &= ~self._doubtful[hosts[inside] - self.low]
         self._report_copied(_sum(wrong, weights), int(entries[int(np.argmax(wrong))]), what)
 
     def _report_copied(self, bad: int, first: int, what: str) -> None:
@@ -453,12 +426,21 @@ class Scan:
     def _walk_compressed(self, entries: Entries, weights: Hosts | None, active: bool) -> None:
         g = self.g
         self.corrupt("ERROR compressed clusters have the copied flag", _sum(entries >= _u64(COPIED), weights))
+        if self.data_file:
+            everyone = np.ones(len(entries), np.bool_)
+            self.corrupt("ERROR compressed clusters in an image with a data file", _sum(everyone, weights))
+            return
         place = (entries & _u64(g.compressed_mask)).astype(np.int64)
         sectors = ((entries >> _u64(g.sectors_shift)) & _u64(g.sectors_mask)).astype(np.int64) + 1
         end = place + sectors * 512 - (place & 511)
         beyond = end - self.end >= g.cluster_size
         self.corrupt("ERROR compressed clusters lie beyond the end of the file", _sum(beyond, weights))
         first, last = place >> g.cluster_bits, (end - 1) >> g.cluster_bits
+        if beyond.any():
+            for step in range(3):
+                outside = beyond & (first + step <= last)
+                counts = None if weights is None else weights[outside]
+                self._count_beyond((first[outside] + step) << g.cluster_bits, counts)
         for step in range(3):  # compressed data is at most two clusters long, and so touches up to three
             touched = ~beyond & (first + step <= last)
             self.add(first[touched] + step, None if weights is None else weights[touched])
@@ -473,7 +455,7 @@ class Scan:
         ``table`` tells for each of ``places`` which table it is in; None: all are there."""
         apart = np.diff(places) != self.g.cluster_size
         if table is None:
-            apart[(1 << self.g.l2_bits) - 1 :: 1 << self.g.l2_bits] = False
+            apart[(1 << self.l2_bits) - 1 :: 1 << self.l2_bits] = False
         else:
             apart &= table[1:] == table[:-1]
         if weights is None:
@@ -482,6 +464,23 @@ class Scan:
         else:
             self.report.allocated_clusters += int(weights.sum())
             self.report.fragmented_clusters += int(weights[1:][apart].sum())
+
+
+def nearby(file: Node, header: Header) -> Hosts:
+    """Counts for the clusters behind the end of the file that a table may name and still be believed: as many as there
+    are before it, so that a file that has lost its second half is among those that can be mended."""
+    return np.zeros(min(_MOST_NEARBY, header.geometry.clusters(file.size)), np.int64)
+
+
+def read_padded(file: Node, offset: int, count: int) -> array[int]:
+    """``count`` big-endian 64-bit entries at ``offset``, as native integers; 0 where the file has ended."""
+    table = array("Q", bytes(count * 8))
+    inside = min(count * 8, max(0, file.size - offset))
+    if inside:
+        file.readv([(offset, memoryview(table).cast("B")[:inside])])
+        if sys.byteorder == "little":
+            table.byteswap()
+    return table
 
 
 def _count(bits: NDArray[Any]) -> int:
