@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from diskwright.core.driver import CheckReport
-from diskwright.errors import CorruptImage, DiskwrightError, LimitExceeded
+from diskwright.errors import CorruptImage, DiskwrightError, LimitExceeded, UnsupportedFeature
 from diskwright.formats.qcow2 import bitmaps
 from diskwright.formats.qcow2.layout import (
     COMPRESSED,
@@ -72,6 +72,9 @@ class Scan:
         """``number`` is the window's; ``low`` and ``high`` bound the clusters in it."""
         self.file, self.header, self.report, self.quiet = file, header, report, quiet
         self.g = header.geometry
+        if self.g.extended or header.data_file is not None:
+            what = "extended L2 entries" if self.g.extended else "an external data file"
+            raise UnsupportedFeature(f"{file.filename}: has {what}, and cannot be checked or repaired here")
         self.end = file.size
         self.last = self.g.clusters(self.end)
         """No reference that counts goes beyond this cluster."""
