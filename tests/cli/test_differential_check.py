@@ -13,7 +13,7 @@ from tests.cli.run import Result, diskwright, make, needs_qemu, needs_same_texts
 
 pytestmark = [needs_qemu, needs_same_texts]
 
-SOUND = tuple(name for name in images.NAMES if name != "qcow2-backing-gone")
+SOUND = tuple(name for name in images.NAMES if name != "qcow2-backing-gone" and name not in images.UNCHECKED)
 STRICTER = ("l1-beyond-end",)
 """Damage qemu-img opens an image with, and sees no data; here it is an error whatever is done with the image."""
 UNOPENABLE = ("unknown-feature", "bad-cluster-bits", "bad-version", "l1-too-small", "backing-name-too-long",
@@ -131,3 +131,14 @@ def test_ways_to_say_it(words: str, tmp_path: Path) -> None:
 def test_missing_backing_file(tmp_path: Path) -> None:
     images.build("qcow2-backing-gone", tmp_path)
     same("check", "image", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("name", images.UNCHECKED)
+def test_features_that_check_does_not_know_yet_are_named(name: str, tmp_path: Path) -> None:
+    images.build(name, tmp_path)
+    before = (tmp_path / "image").read_bytes()
+    for words in ((), ("-r", "all")):
+        ours = diskwright("check", *words, "image", cwd=tmp_path)
+        assert (ours.code, ours.out) == (1, "")
+        assert images.UNCHECKED[name] in ours.err and ours.err.count("\n") == 1
+    assert (tmp_path / "image").read_bytes() == before
