@@ -103,7 +103,7 @@ def open_target(
         from diskwright.core.create import create_image, refuse_to_overwrite
 
         refuse_to_overwrite(graph, filename)
-        create_image(filename, format, {"size": size, **(options or {})}, gate=graph.gate)
+        create_image(filename, format, {"size": size, **(options or {})}, gate=graph.gate, sparing=graph)
     return graph.open(filename, driver=format, writable=True, cache=cache)
 
 
@@ -336,7 +336,7 @@ def info(image: Spec | os.PathLike[str], *, format: str | None = None, force_sha
 
     graph = Graph(ClosedGate())
     try:
-        node = graph.open(_spec(image), driver=format, force_share=force_share, backing=False)
+        node = graph.open(_spec(image), driver=format, force_share=force_share, backing=False, guest_data=False)
         facts: dict[str, object] = {
             "filename": node.filename,
             "format": node.driver_name,

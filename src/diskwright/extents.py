@@ -19,7 +19,8 @@ DATA: Final = 0
 ZERO: Final = 1
 """The bytes read as zeros. ``file_offset`` is -1, or where space is kept ready for them."""
 UNALLOCATED: Final = 2
-"""This layer says nothing: the backing node answers, and without one the bytes read as zeros."""
+"""This layer says nothing: the backing node answers, and without one the bytes read as zeros. ``file_offset`` is -1,
+or where space is kept ready for them."""
 SPECIAL: Final = 3
 """The driver must decode: ``stored`` bytes at ``file_offset`` hold the unit this range is part of."""
 

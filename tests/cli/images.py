@@ -181,13 +181,7 @@ def _without_backing_format(directory: Path) -> None:
 
 _BACKING_FORMAT = bytes.fromhex("e2792aca")
 OTHERS: dict[str, Callable[[Path], None]] = {"qcow2-backing-of-any-format": _without_backing_format}
-UNSUPPORTED = {
-    "qcow2-subclusters": "extended L2",
-    "qcow2-data-file": "data file",
-    "qcow2-raw-data-file": "data file",
-}
-"""Images that cannot be opened yet, and what the message has to name."""
-NAMES = tuple(name for name in (*_COMMANDS, *OTHERS) if name not in UNSUPPORTED)
+NAMES = (*_COMMANDS, *OTHERS)
 RAW_NAMES = tuple(name for name in NAMES if name.startswith("raw"))
 
 

@@ -55,15 +55,6 @@ def test_backing_chain_that_comes_back(tmp_path: Path) -> None:
     assert "infinite loop" in ours.err and "infinite loop" in theirs.err
 
 
-@pytest.mark.parametrize("name", images.UNSUPPORTED)
-def test_features_that_are_not_supported_yet_are_named(name: str, tmp_path: Path) -> None:
-    images.build(name, tmp_path)
-    for command in ("info", "map", "check"):
-        ours = diskwright(command, "image", cwd=tmp_path)
-        assert (ours.code, ours.out) == (1, "")
-        assert images.UNSUPPORTED[name] in ours.err and ours.err.count("\n") == 1
-
-
 @pytest.mark.parametrize(
     "name",
     ["unknown-feature", "bad-cluster-bits", "bad-version", "l1-too-small", "backing-name-too-long", "refcount-order",

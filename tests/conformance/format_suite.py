@@ -435,7 +435,7 @@ class FormatConformance:
         disk.pwrite(0, b"k" * 100_000)
         disk.flush()
         form = format_of(disk.node)
-        file = form.children[0]
+        file = form.children[form.data_child]
         genuine = file._writev
 
         def broken(segments: object) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from tests.conformance.format_suite import FormatConformance
+from pathlib import Path
+
+from diskwright.core.create import create_image
+from diskwright.core.gate import DirectoryGate
+from tests.conformance.format_suite import SIZE, FormatConformance
 
 
 class TestRaw(FormatConformance):
@@ -34,3 +38,47 @@ class TestQcow2Version2(FormatConformance):
     create_options = {"compat": "0.10"}
     has_backing = True
     model_examples = 15
+
+
+class TestQcow2Extended(FormatConformance):
+    format_name = "qcow2"
+    create_options = {"extended-l2": True}
+    has_backing = True
+    model_examples = 15
+
+
+class TestQcow2ExtendedPreallocated(FormatConformance):
+    format_name = "qcow2"
+    create_options = {"extended-l2": True, "cluster-size": 16384, "preallocation": "metadata"}
+    has_backing = True
+    model_examples = 15
+
+
+class _WithDataFile(FormatConformance):
+    """Images in two files; the second is named like the first, with ``.data`` behind it."""
+
+    format_name = "qcow2"
+    has_backing = True
+    model_examples = 10
+
+    def make(self, path: Path, size: int = SIZE, **options: object) -> Path:
+        names = {key.replace("-", "_"): value for key, value in {**self.create_options, **options}.items()}
+        create_image(
+            str(path), "qcow2", {"size": size, "data_file": f"{path}.data", **names},
+            gate=DirectoryGate(), check_backing=False,
+        )  # fmt: skip
+        return path
+
+
+class TestQcow2DataFile(_WithDataFile):
+    pass
+
+
+class TestQcow2RawDataFile(_WithDataFile):
+    create_options = {"data-file-raw": True}
+    has_backing = False
+    sparse = False
+
+
+class TestQcow2ExtendedDataFile(_WithDataFile):
+    create_options = {"extended-l2": True}

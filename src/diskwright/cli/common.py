@@ -239,6 +239,7 @@ def open_image(
     force_share: bool = False,
     cache: str | None = None,
     backing: bool = True,
+    guest_data: bool = True,
     options: Mapping[str, object] | None = None,
     code: int = 1,
 ) -> Node:
@@ -252,7 +253,15 @@ def open_image(
         spec = specification(name, image_opts)
         if options:
             spec = {**_as_mapping(spec), **options}
-        return graph.open(spec, driver=format, writable=writable, force_share=force_share, cache=cache, backing=backing)
+        return graph.open(
+            spec,
+            driver=format,
+            writable=writable,
+            force_share=force_share,
+            cache=cache,
+            backing=backing,
+            guest_data=guest_data,
+        )
     except (DiskwrightError, OSError) as error:
         # Many of our own messages begin with the name that has just been told.
         reason = opening_error(error).removeprefix(f"{name}: ")

@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         total = sum(common.guest_size(source) for source in sources)
         if not args.existing:
             refuse_to_overwrite(graph, wish.target)
-            _create(wish, total, args.gate)
+            _create(wish, total, args.gate, graph)
         target = _open_target(graph, wish, args)
         if target.size < total:
             raise Failure("output file is smaller than input file")
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _create(wish: Wish, size: int, gate: str) -> None:
+def _create(wish: Wish, size: int, gate: str, sources: Graph) -> None:
     from diskwright.core.create import plan
 
     assert wish.target_format is not None
@@ -150,7 +150,7 @@ def _create(wish: Wish, size: int, gate: str) -> None:
     except (DiskwrightError, OSError) as error:
         raise _not_created(wish, error) from error
     try:
-        creation.make()
+        creation.make(sparing=sources)
     except (DiskwrightError, OSError) as error:
         raise _not_created(wish, error) from error
 

@@ -141,7 +141,8 @@ def _rows_of(run: Status, files: _Files) -> Iterator[Row]:
         inside = max(0, size - run.offset)
         if inside:
             yield from _rows_of(run._replace(length=inside), files)
-        yield Row(run.offset + inside, run.length - inside, run.depth - 1, False, True, False, -1, "")
+        place = run.file_offset + inside if run.file_offset >= 0 else -1
+        yield Row(run.offset + inside, run.length - inside, run.depth - 1, False, True, False, place, "")
         return
     place = run.file_offset
     if place < 0:
@@ -215,13 +216,13 @@ class _Files:
 
         if not isinstance(node, FormatNode):
             return node, False
-        file = node.format.children[node.format.data_child]
-        if node.driver_name not in _PREALLOCATING or not isinstance(file, StorageNode):
+        file, image = node.format.children[node.format.data_child], node.format.children[0]
+        if node.driver_name not in _PREALLOCATING or not isinstance(image, StorageNode):
             return file, False
-        space = file.storage.allocated_size()
+        space = image.storage.allocated_size()
         if space is None:
             return file, False
         # An image whose clusters were taken in advance has a file of which much is holes. Only then are they
         # looked for, as qemu-img does it too: elsewhere it would take time and find next to nothing.
-        clusters, in_use = -(-file.size // node.cluster_size), space // node.cluster_size
+        clusters, in_use = -(-image.size // node.cluster_size), space // node.cluster_size
         return file, clusters >= max(in_use * 10 // 9, in_use + 2)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -48,14 +48,49 @@ class Plan:
     def size(self) -> int:
         return cast(int, self.given["size"])
 
-    def make(self) -> None:
-        """Creates the image. Existing contents are lost, unless another process holds them (ImageLocked)."""
+    def make(self, *, sparing: Graph | None = None) -> None:
+        """Creates the image. Existing contents are lost, unless another process holds them (ImageLocked), or a file of
+        it is open in ``sparing`` (GraphError)."""
+        if sparing is not None:
+            for filename in self.filenames():
+                refuse_to_overwrite(sparing, filename)
         if issubclass(self.driver, Format):
             self._rehearse(self.driver)
+        parts = self._parts(self.driver) if issubclass(self.driver, Format) else {}
         with _removed_on_failure(self._local_path()):
             self._make_storage()
             if issubclass(self.driver, Format) and not self._is_plain():
-                self._make_format(self.driver)
+                with ExitStack() as stack:
+                    for storage, values in parts.values():
+                        stack.enter_context(_removed_on_failure(_path_of(storage, values)))
+                        storage.create(opts.parse(storage.create_options, values, owner=storage.name))
+                    self._make_format(self.driver, parts)
+
+    def _parts(self, driver: type[Format]) -> dict[str, tuple[type[Storage], dict[str, object]]]:
+        """What is made beside the image, by role: each storage and the options of its creation."""
+        parts: dict[str, tuple[type[Storage], dict[str, object]]] = {}
+        taken = {identity(self.filename)}
+        if self.given.get("backing_file"):
+            taken.add(identity(resolve(str(self.given["backing_file"]), self.filename)))
+        for part in driver.create_parts(self.format_options):
+            if not part.filename:
+                raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), "")
+            name = resolve(part.filename, self.filename)
+            if identity(name) in taken:
+                raise OptionError(f"'{part.filename}' cannot be the {part.role} of '{self.filename}'")
+            taken.add(identity(name))
+            storage = storage_for(name)
+            if not _overrides_create(storage):
+                raise not_supported(f"Driver '{storage.name}' cannot create the {part.role} '{part.filename}'")
+            parts[part.role] = storage, {**storage.parse_filename(name), "size": 0}
+        return parts
+
+    def filenames(self) -> list[str]:
+        """The image, and the further files that are made with it."""
+        if not issubclass(self.driver, Format):
+            return [self.filename]
+        parts = self.driver.create_parts(self.format_options)
+        return [self.filename, *(resolve(part.filename, self.filename) for part in parts)]
 
     def _is_plain(self) -> bool:
         """Whether the image is its storage and nothing else."""
@@ -63,9 +98,7 @@ class Plan:
 
     def _local_path(self) -> str | None:
         """The file that is made, where it is a file of this machine."""
-        if self.storage.name != "file":
-            return None
-        return str(self.storage.parse_filename(self.filename)["filename"])
+        return _path_of(self.storage, self.storage.parse_filename(self.filename))
 
     def _rehearse(self, driver: type[Format]) -> None:
         """Finds out, before existing contents are lost, whether the format accepts its options."""
@@ -78,7 +111,8 @@ class Plan:
 
             rehearsed = replace(rehearsed, preallocation="off")
         with _own_graph(None) as graph:
-            driver.create(graph.open({"driver": "memory"}, writable=True), rehearsed)
+            parts = {role: graph.open({"driver": "memory"}, writable=True) for role in self._parts(driver)}
+            driver.create_from(graph.open({"driver": "memory"}, writable=True), rehearsed, parts)
 
     def _make_storage(self) -> None:
         if not _overrides_create(self.storage):
@@ -104,10 +138,16 @@ class Plan:
                     self.filename,
                 )
 
-    def _make_format(self, driver: type[Format]) -> None:
+    def _make_format(self, driver: type[Format], parts: Mapping[str, tuple[type[Storage], dict[str, object]]]) -> None:
         with _own_graph(None) as graph:
             node = self._open_storage(graph)
-            driver.create(node, self.format_options)
+            made = {
+                role: graph.open({"driver": storage.name, **_without_size(values)}, writable=True)
+                for role, (storage, values) in parts.items()
+            }
+            driver.create_from(node, self.format_options, made)
+            for part in made.values():
+                part.flush()
             node.flush()
 
     def _open_storage(self, graph: Graph) -> Node:
@@ -133,10 +173,11 @@ def create_image(
     *,
     gate: Gate | None = None,
     check_backing: bool = True,
+    sparing: Graph | None = None,
 ) -> None:
     """Creates the image ``filename`` with the format's ``options`` (``size`` among them), given as typed values
     or as text. See ``plan`` for what is checked and raised."""
-    plan(filename, format, options or {}, gate=gate, check_backing=check_backing).make()
+    plan(filename, format, options or {}, gate=gate, check_backing=check_backing).make(sparing=sparing)
 
 
 def plan(
@@ -250,6 +291,15 @@ def _look_at_backing(filename: str, own: dict[str, object], gate: Gate | None, c
     if format is None:
         raise OptionError(f"Backing file specified without backing format; it was detected as {found}")
     own.setdefault("size", size)
+
+
+def _path_of(storage: type[Storage], values: Mapping[str, object]) -> str | None:
+    """The file of this machine that a storage with these options is, or None."""
+    return str(values["filename"]) if storage.name == "file" else None
+
+
+def _without_size(values: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in values.items() if name != "size"}
 
 
 @contextmanager

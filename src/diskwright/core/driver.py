@@ -184,6 +184,14 @@ class BackingHint(NamedTuple):
     format: str | None
 
 
+class Part(NamedTuple):
+    """A further file that the creation of an image makes, empty, for the child ``role``. A ``filename`` that is
+    relative is seen from the image."""
+
+    role: str
+    filename: str
+
+
 @dataclass
 class CheckReport:
     """What ``check`` found. The names are those of ``qemu-img check --output=json``."""
@@ -232,6 +240,10 @@ class OpenContext:
     """``(role, filename, driver)``: opens a file that the image names, through the user's gate, as the
     child ``role``. Options the user gave for that role come first; then ``filename`` may be ''."""
     writable: bool
+    given: frozenset[str] = frozenset()
+    """The roles that the user gave options for."""
+    guest_data: bool = True
+    """Whether the guest's bytes will be asked for: when not, files that hold nothing else need not be opened."""
 
 
 class Format(ABC):
@@ -248,6 +260,9 @@ class Format(ABC):
     """Whether UNALLOCATED ranges may be answered by a backing node."""
     suffixes: ClassVar[tuple[str, ...]] = ()
     """File name endings this format usually has; only a hint, never proof."""
+
+    roles: ClassVar[tuple[str, ...]] = ()
+    """What further children are called, in the order of ``children`` from 1 on; where it ends: extent1 and so on."""
 
     children: tuple[Node, ...]
     """The nodes extents speak of; ``children[0]`` is ``file``. The backing node is not among them."""
@@ -277,6 +292,16 @@ class Format(ABC):
     def create(cls, file: Node, options: Any) -> None:
         """Makes an empty image in ``file``, which is open for writing and empty."""
         raise not_supported(f"Format '{cls.name}' cannot create")
+
+    @classmethod
+    def create_parts(cls, options: Any) -> Sequence[Part]:
+        """The further files that ``create_from`` with these options needs. They need not be sensible yet."""
+        return ()
+
+    @classmethod
+    def create_from(cls, file: Node, options: Any, parts: Mapping[str, Node]) -> None:
+        """``create`` with the further files that ``create_parts`` asked for, by role."""
+        cls.create(file, options)
 
     @abstractmethod
     def extent_at(self, offset: int, length: int) -> Extent:

@@ -41,6 +41,8 @@ class Mode:
     cache: str | None = None
     backing: bool = True
     """Whether backing files are opened at all."""
+    guest_data: bool = True
+    """Whether files that hold nothing but the guest's bytes are."""
 
     def child_access(self, holds_format: bool) -> Access:
         """What a storage's locks should say: a format's file may grow, so its size is its own too."""
@@ -77,14 +79,16 @@ class Graph:
         force_share: bool = False,
         cache: str | None = None,
         backing: bool = True,
+        guest_data: bool = True,
     ) -> Node:
         """Opens ``spec`` and everything below it; returns the root node, which the caller owns (``release``).
+        ``backing`` and ``guest_data`` say whether backing files and files of nothing but guest data are opened.
 
         ``driver`` names the format of a file name (None: probe). ``cache`` is a cache mode for the storages.
         Raises OptionError, ImageError or OSError, with nothing left open.
         """
         with self._lock, self._undo_on_error() as made:
-            mode = Mode(writable, force_share, cache, backing)
+            mode = Mode(writable, force_share, cache, backing, guest_data)
             node = self._open_any(spec, driver, mode, made, ())
             self._hold(node)
             return node
@@ -185,10 +189,12 @@ class Graph:
         made: list[Node],
         above: tuple[str, ...],
     ) -> Node:
-        roles = [key for key, value in options.items() if key == "backing" or isinstance(value, Mapping)]
+        roles = [
+            key for key, value in options.items() if key == "backing" or key in cls.roles or isinstance(value, Mapping)
+        ]
         given = {role: options.pop(role) for role in roles}
         opener = self._reference_opener(file, given, mode, made, above)
-        context = OpenContext(file, self.leases, opener, mode.writable)
+        context = OpenContext(file, self.leases, opener, mode.writable, frozenset(given), mode.guest_data)
         form = cls.open(context, opts.parse(cls.options, _own(options), owner=cls.name))
         node = FormatNode(self._name(options), form, mode.writable)
         self._add(node, made)
@@ -507,4 +513,6 @@ def _with_own_mode(mode: Mode, options: dict[str, object]) -> Mode:
     read_only = opts.BOOL.parse("read-only", options.pop("read-only", not mode.writable))
     force = opts.BOOL.parse("force-share", options.pop("force-share", mode.force_share))
     cache = options.get("cache", mode.cache)
-    return Mode(not read_only and mode.writable, force, cache if isinstance(cache, str) else None, mode.backing)
+    return Mode(
+        not read_only and mode.writable, force, cache if isinstance(cache, str) else None, mode.backing, mode.guest_data
+    )

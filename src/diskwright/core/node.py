@@ -272,7 +272,9 @@ class FormatNode(Node):
 
     def children(self) -> dict[str, Node]:
         roles: dict[str, Node] = {"file": self.format.children[0]}
-        roles.update((f"extent{i}", child) for i, child in enumerate(self.format.children) if i)
+        names = self.format.roles
+        for i, child in enumerate(self.format.children[1:], 1):
+            roles[names[i - 1] if i <= len(names) else f"extent{i}"] = child
         if self.backing is not None:
             roles["backing"] = self.backing
         return roles

@@ -21,7 +21,8 @@ class Status(NamedTuple):
     ``present``      some layer down to the base says what it is
     ``depth``        how many backing steps down that layer is; filters do not count
     ``node``         that layer's node
-    ``file_offset``  where the bytes lie verbatim in the layer's file, or -1
+    ``file_offset``  where the bytes lie verbatim in the layer's file, or -1; beyond the end of a short backing image,
+                     where the layer above has space ready for them, or -1
     ``compressed``   the layer has to decode them
     """
 
@@ -73,21 +74,23 @@ def _follow(node: Node, run: Extent, depth: int, base: Node | None) -> Iterator[
     elif kind == ZERO:
         yield Status(offset, length, True, False, True, depth, node, run.file_offset)
     else:
-        yield from _below(node, offset, length, depth, base)
+        yield from _below(node, run, depth, base)
 
 
-def _below(node: Node, offset: int, length: int, depth: int, base: Node | None) -> Iterator[Status]:
-    """A run ``node`` says nothing of."""
+def _below(node: Node, run: Extent, depth: int, base: Node | None) -> Iterator[Status]:
+    """A run ``node`` says nothing of; it may have space ready for it."""
+    offset, length, place = run.offset, run.length, run.file_offset
     backing = node.backing and below_filters(node.backing)
     if backing is None or backing is base:
-        yield Status(offset, length, True, False, False, depth, node)
+        yield Status(offset, length, True, False, False, depth, node, place)
         return
     inside = max(0, min(length, backing.size - offset))
     if inside:
         yield from _runs(backing, offset, inside, depth + 1, base)
     if inside < length:
         # Beyond a short backing image's end its zeros count as said by that image.
-        yield Status(offset + inside, length - inside, True, False, True, depth + 1, backing)
+        ready = place + inside if place >= 0 else -1
+        yield Status(offset + inside, length - inside, True, False, True, depth + 1, backing, ready)
 
 
 def _holes(node: FormatNode, offset: int, length: int, depth: int) -> Iterator[Status]:

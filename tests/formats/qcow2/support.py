@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,12 @@ class Tape(Storage):
     name = "tape"
     zero_init = True
 
-    def __init__(self, data: bytes = b"") -> None:
+    def __init__(self, data: bytes = b"", filename: str = "tape") -> None:
         self.data = bytearray(data)
-        self.filename = "tape"
+        self.filename = filename
         self.changes: list[Change] = []
+        self.log: list[tuple[Tape, Change]] = []
+        """All changes; tapes may share one, which then has them in their order."""
         self.fail = -1
 
     @classmethod
@@ -57,6 +60,7 @@ class Tape(Storage):
             raise OSError(5, "the tape is torn")
         self.fail -= 1
         self.changes.append(change)
+        self.log.append((self, change))
         apply(self.data, change)
 
     def writev(self, segments: Segments) -> None:
@@ -86,22 +90,36 @@ def apply(data: bytearray, change: Change) -> None:
         data[offset : offset + len(piece)] = piece
 
 
-def created(**options: Any) -> bytes:
-    """The bytes of a new image."""
+def created(*, data: Tape | None = None, **options: Any) -> bytes:
+    """The bytes of a new image. ``data``, its data file, is filled."""
     tape = Tape()
-    Qcow2.create(StorageNode("new", tape, True), Qcow2CreateOptions(**options))
+    parts = {} if data is None else {"data-file": StorageNode("data", data, True)}
+    Qcow2.create_from(StorageNode("new", tape, True), Qcow2CreateOptions(**options), parts)
     return bytes(tape.data)
 
 
 class Image:
     """A qcow2 image on a tape, open in a graph of its own."""
 
-    def __init__(self, tape: Tape, *, writable: bool = True, backing: Node | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        tape: Tape,
+        *,
+        writable: bool = True,
+        backing: Node | None = None,
+        data: Tape | None = None,
+        **options: Any,
+    ) -> None:
         self.graph = Graph()
         self.tape = tape
         file = StorageNode("file", tape, writable)
         self.graph.adopt(file)
-        context = OpenContext(file, self.graph.leases, _no_references, writable)
+        opener = _no_references
+        if data is not None:
+            beside = StorageNode("data", data, writable)
+            self.graph.adopt(beside)
+            opener = lambda role, filename, driver: beside  # noqa: E731
+        context = OpenContext(file, self.graph.leases, opener, writable)
         self.format = Qcow2.open(context, Qcow2Options(**options))
         self.node = FormatNode("image", self.format, writable)
         self.node.backing = backing
@@ -122,9 +140,10 @@ def _no_references(role: str, filename: str, driver: str | None) -> Node:
     raise AssertionError(f"nothing should be opened, least of all {filename}")
 
 
-def contents(data: bytes, **options: Any) -> bytes:
-    """What a guest reads from an image given as bytes."""
-    with Image(Tape(data), writable=False, **options) as image:
+def contents(data: bytes, *, beside: bytes | None = None, **options: Any) -> bytes:
+    """What a guest reads from an image given as bytes, ``beside`` being its data file."""
+    data_file = None if beside is None else Tape(beside, "data")
+    with Image(Tape(data), writable=False, data=data_file, **options) as image:
         return image.disk.pread(0, image.disk.size)
 
 
@@ -132,6 +151,18 @@ def checked(data: bytes) -> Any:
     """The report of our own check on an image given as bytes."""
     with Image(Tape(data), writable=False) as image:
         return image.format.check("off")
+
+
+def sound(data: bytes, beside: bytes | None = None) -> None:
+    """QEMU finds nothing wrong with an image given as bytes, whose data file is called ``d``."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "image"
+        path.write_bytes(data)
+        if beside is not None:
+            (Path(folder) / "d").write_bytes(beside)
+        command = [find("qemu-img"), "check", path.name]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 # -- looking into images ---------------------------------------------------------------------------------

@@ -66,10 +66,9 @@ def test_limits_are_stated(offset: int, value: int, width: int, words: str) -> N
         (32, 1, 4, r"encrypted \(AES\)"),
         (32, 2, 4, r"encrypted \(LUKS\)"),
         (32, 9, 4, "method 9"),
-        (72, 1 << 2, 8, "external data file"),
-        (72, 1 << 4, 8, "extended L2 entries"),
+        (72, 1 << 5, 8, "unknown feature 5"),
         (72, 1 << 63, 8, "unknown feature 63"),
-        (72, 1 << 4 | 1 << 2, 8, "external data file, extended L2 entries"),
+        (72, 1 << 4 | 1 << 2 | 1 << 6, 8, "unknown feature 6"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(offset: int, value: int, width: int, words: str) -> None:

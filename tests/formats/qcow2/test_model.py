@@ -18,13 +18,25 @@ from diskwright.extents import Extents
 from tests.core.ram import raw_node
 from tests.formats.qcow2.support import LONG, Image, Tape, checked, contents, created, qemu
 
-BEGINNINGS = ("new", "version 2", "backed", "preallocated", "shared and compressed")
+BEGINNINGS = (
+    "new", "version 2", "backed", "preallocated", "shared and compressed",
+    "extended", "extended, backed", "data file", "raw data file",
+)  # fmt: skip
+APART = ("data file", "raw data file")
 
 
 @cache
 def beginning(kind: str, cluster_size: int) -> tuple[bytes, bytes]:
     """An image and what it reads as."""
     size = 40 * cluster_size + 1536
+    if kind.startswith("extended"):  # subclusters of the size
+        over = {"backing_file": "b", "backing_fmt": "raw"} if "backed" in kind else {}
+        data = created(size=size, cluster_size=32 * cluster_size, extended_l2=True, **over)
+        return data, backing_bytes(size) if over else bytes(size)
+    if kind in APART:
+        raw = kind == "raw data file"
+        beside = Tape(filename="data")
+        return created(size=size, data=beside, cluster_size=cluster_size, data_file="d", data_file_raw=raw), bytes(size)
     if kind == "version 2":
         return created(size=size, cluster_size=cluster_size, compat="0.10"), bytes(size)
     if kind == "backed":
@@ -65,15 +77,22 @@ class Machine(RuleBasedStateMachine):
         data, model = beginning(kind, cluster_size)
         self.kind, self.cluster_size = kind, cluster_size
         self.model, self.tape = bytearray(model), Tape(data)
+        self.beside = Tape(bytes(len(model)), "data") if kind in APART else None
         self._open()
 
     def _open(self, cache_size: int = 1 << 20) -> None:
-        self.image = Image(self.tape, cache_size=cache_size)
-        if self.kind == "backed":
+        self.image = Image(self.tape, data=self.beside, cache_size=cache_size)
+        if "backed" in self.kind:
             length = len(beginning("backed", self.cluster_size)[1])
             below = raw_node(self.image.graph, length // 2 + 100, "below")
             below.pwrite(0, backing_bytes(length)[: length // 2 + 100])
             self.image.node.backing = below
+
+    def _nothing_wrong(self) -> None:
+        if self.beside is not None or self.kind.startswith("extended"):
+            return  # another program looks at those elsewhere
+        report = checked(bytes(self.tape.data))
+        assert (report.corruptions, report.leaks, report.check_errors) == (0, 0, 0), report.messages
 
     def _range(self, place: float, length: int, aligned: bool) -> tuple[int, int]:
         size = len(self.model)
@@ -118,9 +137,9 @@ class Machine(RuleBasedStateMachine):
         offset, length = self._range(place, length, False)
         found = self.image.format.in_place(offset, length)
         if found >= 0:
+            target = self.tape if self.beside is None else self.beside
             assert (
-                bytes(self.tape.data[found : found + length]).ljust(length, b"\0")
-                == self.model[offset : offset + length]
+                bytes(target.data[found : found + length]).ljust(length, b"\0") == self.model[offset : offset + length]
             )
 
     @rule(place=places, length=st.integers(1, 200000))
@@ -140,13 +159,12 @@ class Machine(RuleBasedStateMachine):
     @rule(cache_size=st.sampled_from([1, 1 << 20]))
     def reopen(self, cache_size: int) -> None:
         self.image.close()
-        report = checked(bytes(self.tape.data))
-        assert (report.corruptions, report.leaks, report.check_errors) == (0, 0, 0), report.messages
+        self._nothing_wrong()
         self._open(cache_size)
 
     @rule(more=st.integers(1, 5000))
     def grow(self, more: int) -> None:
-        if self.kind == "backed" or len(self.model) > 100 * self.cluster_size:
+        if "backed" in self.kind or len(self.model) > 100 * self.cluster_size:
             return  # what the backing disk has beyond the old end is for others to hide
         if self.kind == "shared and compressed" and self.image.format.header.version < 3:
             return
@@ -170,13 +188,15 @@ class Machine(RuleBasedStateMachine):
             return
         assert self.image.disk.pread(0, len(self.model)) == self.model
         self.image.close()
-        report = checked(bytes(self.tape.data))
-        assert (report.corruptions, report.leaks, report.check_errors) == (0, 0, 0), report.messages
-        if self.kind != "backed":
-            assert contents(bytes(self.tape.data)) == self.model
+        self._nothing_wrong()
+        if self.kind == "raw data file":
+            assert self.beside is not None and self.beside.data == self.model
+        if "backed" not in self.kind:
+            beside = None if self.beside is None else bytes(self.beside.data)
+            assert contents(bytes(self.tape.data), beside=beside) == self.model
 
 
 Machine.TestCase.settings = settings(
-    max_examples=3000 if LONG else 60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=3000 if LONG else 80, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestModel = Machine.TestCase

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.formats.qcow2.support import Image, Tape, checked, contents, created
+from tests.formats.qcow2.support import Image, Tape, checked, contents, created, sound
 
 THREADS = 6
 
@@ -32,17 +32,45 @@ def together(work: Callable[[int], None], count: int = THREADS) -> None:
         raise failures[0]
 
 
+EXTENDED: dict[str, object] = {"extended_l2": True, "cluster_size": 16384}
+APART: dict[str, object] = {"data_file": "d", "cluster_size": 4096}
+
+
+def beside(options: dict[str, object]) -> Tape | None:
+    """The data file an image with these options needs."""
+    return Tape(filename="data") if "data_file" in options else None
+
+
+def nothing_wrong(tape: Tape, data: Tape | None, options: dict[str, object]) -> None:
+    if "extended_l2" in options or data is not None:
+        return sound(bytes(tape.data), None if data is None else bytes(data.data))
+    report = checked(bytes(tape.data))
+    assert (report.corruptions, report.leaks) == (0, 0), report.messages
+    return None
+
+
 @pytest.mark.parametrize(
-    "options", [{"cluster_size": 512}, {"cluster_size": 4096}, {"compat": "0.10", "cluster_size": 512}], ids=str
+    "options",
+    [
+        {"cluster_size": 512},
+        {"cluster_size": 4096},
+        {"compat": "0.10", "cluster_size": 512},
+        EXTENDED,
+        APART,
+        {**EXTENDED, **APART, "cluster_size": 65536},
+        {**APART, "data_file_raw": True},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("cache_size", [1, 32 << 20])
 def test_threads_with_sectors_of_their_own_in_shared_clusters(options: dict[str, object], cache_size: int) -> None:
     """Each thread owns every sixth 128 bytes, so that almost every cluster is everyone's."""
     step, rows = 128, 500
     size = -(-step * THREADS * rows // 512) * 512
-    tape = Tape(created(size=size, **options))
+    data = beside(options)
+    tape = Tape(created(size=size, data=data, **options))
     final: dict[int, bytes] = {}
-    with Image(tape, cache_size=cache_size) as image:
+    with Image(tape, data=data, cache_size=cache_size) as image:
         disk = image.disk
 
         def work(number: int) -> None:
@@ -64,21 +92,22 @@ def test_threads_with_sectors_of_their_own_in_shared_clusters(options: dict[str,
             final.update(mine)
 
         together(work)
-    data = bytes(tape.data)
     model = bytearray(size)
     for offset, piece in final.items():
         model[offset : offset + step] = piece
-    assert contents(data) == model
-    report = checked(data)
-    assert (report.corruptions, report.leaks) == (0, 0), report.messages
+    assert contents(bytes(tape.data), beside=None if data is None else bytes(data.data)) == model
+    nothing_wrong(tape, data, options)
 
 
-def test_threads_that_allocate_zero_and_discard_whole_clusters() -> None:
-    """Clusters are given up and taken again all the time; a byte of another thread's would be noticed."""
+@pytest.mark.parametrize("options", [{"cluster_size": 512}, EXTENDED, {**APART, "cluster_size": 512}], ids=str)
+def test_threads_that_allocate_zero_and_discard_whole_units(options: dict[str, object]) -> None:
+    """Clusters are given up and taken again all the time; a byte of another thread's would be noticed. A subcluster
+    is 512 bytes too, and its cluster may be another thread's in part."""
     cluster, each = 512, 60
     size = THREADS * each * cluster
-    tape = Tape(created(size=size, cluster_size=cluster))
-    with Image(tape) as image:
+    data = beside(options)
+    tape = Tape(created(size=size, data=data, **options))
+    with Image(tape, data=data) as image:
         disk = image.disk
 
         def work(number: int) -> None:
@@ -100,8 +129,7 @@ def test_threads_that_allocate_zero_and_discard_whole_clusters() -> None:
                 assert seen <= {0, number + 1}, f"thread {number} reads {seen}"
 
         together(work)
-    report = checked(bytes(tape.data))
-    assert (report.corruptions, report.leaks) == (0, 0), report.messages
+    nothing_wrong(tape, data, options)
 
 
 def test_readers_never_see_anything_but_old_or_new() -> None:

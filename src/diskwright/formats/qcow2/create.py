@@ -13,7 +13,7 @@ from diskwright.core.leases import Leases
 from diskwright.errors import LimitExceeded, OptionError
 from diskwright.formats.qcow2 import header as fields
 from diskwright.formats.qcow2.header import Header, feature_table
-from diskwright.formats.qcow2.layout import MAX_CLUSTER_BITS, MAX_L1_BYTES, MIN_CLUSTER_BITS
+from diskwright.formats.qcow2.layout import MAX_CLUSTER_BITS, MAX_L1_BYTES, MIN_CLUSTER_BITS, MIN_EXTENDED_CLUSTER_BITS
 from diskwright.formats.qcow2.options import Qcow2CreateOptions, Qcow2Options
 from diskwright.units import MAX_BACKING_NAME, SECTOR, align_up, is_power_of_two
 
@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from diskwright.core.node import Node
 
 
-def create(file: Node, options: Qcow2CreateOptions) -> None:
-    """See ``Format.create``. Raises OptionError for options that do not go together, before anything is written."""
+def create(file: Node, options: Qcow2CreateOptions, data_file: Node | None = None) -> None:
+    """See ``Format.create_from``; ``data_file`` is the external data file, empty and open for writing. Raises
+    OptionError for options that do not go together, before anything is written."""
     header = plan(options)
+    if (data_file is None) is not (header.data_file is None):
+        raise OptionError("An external data file has to be made before the image")
     beginning = header.encode()
     size = header.size
     unordered = cast("Node", _Unflushed(file))
@@ -35,7 +38,7 @@ def create(file: Node, options: Qcow2CreateOptions) -> None:
     table = struct.pack(">Q", 2 * cluster_size).ljust(cluster_size, b"\0")
     start = (empty.encode() if beginning else b"").ljust(cluster_size, b"\0")
     file.writev([(0, memoryview(start + table + bytes(block)))])
-    _grow(unordered, empty, size, options.preallocation)
+    _grow(unordered, empty, size, options.preallocation, data_file)
 
 
 def plan(options: Qcow2CreateOptions) -> Header:
@@ -55,8 +58,15 @@ def plan(options: Qcow2CreateOptions) -> Header:
         raise OptionError("Lazy refcounts need compatibility level 1.1 or above")
     if version < 3 and options.compression_type != "zlib":
         raise OptionError("Compression types other than zlib need compatibility level 1.1 or above")
-    if options.backing_file is not None and options.preallocation != "off":
-        raise OptionError("Backing file and preallocation cannot be used at the same time")
+    if options.extended_l2 and version < 3:
+        raise OptionError(
+            "Extended L2 entries are only supported with compatibility level 1.1 and above (use version=v3 or greater)"
+        )
+    if options.extended_l2 and bits < MIN_EXTENDED_CLUSTER_BITS:
+        least = 1 << MIN_EXTENDED_CLUSTER_BITS
+        raise OptionError(f"Extended L2 entries are only supported with cluster sizes of at least {least} bytes")
+    if options.backing_file is not None and options.preallocation != "off" and not options.extended_l2:
+        raise OptionError("Backing file and preallocation can only be used at the same time if extended_l2 is on")
     header = Header(version=version, cluster_bits=bits, size=align_up(options.size, SECTOR))
     header.refcount_order = width.bit_length() - 1
     header.refcount_table_offset, header.refcount_table_clusters = options.cluster_size, 1
@@ -65,8 +75,11 @@ def plan(options: Qcow2CreateOptions) -> Header:
     if options.compression_type != "zlib":
         header.incompatible_features |= fields.COMPRESSION
         header.compression_type = fields.COMPRESSION_NAMES.index(options.compression_type)
+    if options.extended_l2:
+        header.incompatible_features |= fields.EXTENDED_L2
     _check_size(header)
     _name_backing(header, options)
+    _name_data_file(header, options)
     if version >= 3 and options.cluster_size > 4096:  # in smaller clusters the room is needed for a file name
         header.extensions.append((fields.EXT_FEATURE_NAMES, feature_table()))
     return header
@@ -92,6 +105,26 @@ def _name_backing(header: Header, options: Qcow2CreateOptions) -> None:
             raise OptionError(f"A backing file name has 1 to {MAX_BACKING_NAME} bytes")
 
 
+def _name_data_file(header: Header, options: Qcow2CreateOptions) -> None:
+    if options.data_file is None:
+        if options.data_file_raw:
+            raise OptionError("data-file-raw requires data-file")
+        return
+    if options.data_file_raw and options.backing_file is not None:
+        raise OptionError("Backing file and data-file-raw cannot be used at the same time")
+    if header.version < 3:
+        raise OptionError(
+            "External data files are only supported with compatibility level 1.1 and above (use version=v3 or greater)"
+        )
+    name = os.fsencode(options.data_file)
+    if not 0 < len(name) <= MAX_BACKING_NAME or b"\0" in name:
+        raise OptionError(f"A data file name has 1 to {MAX_BACKING_NAME} bytes")
+    header.incompatible_features |= fields.DATA_FILE
+    if options.data_file_raw:
+        header.autoclear_features |= fields.RAW_DATA_FILE
+    header.extensions.append((fields.EXT_DATA_FILE, name))
+
+
 def _count_first_clusters(block: bytearray, order: int) -> None:
     """Refcounts of 1 for header, refcount table and this block."""
     for cluster in range(3):
@@ -103,17 +136,12 @@ def _count_first_clusters(block: bytearray, order: int) -> None:
             block[(cluster + 1) * width - 1] = 1
 
 
-def _grow(file: Node, header: Header, size: int, preallocation: str) -> None:
+def _grow(file: Node, header: Header, size: int, preallocation: str, data_file: Node | None) -> None:
     from diskwright.formats.qcow2.driver import Qcow2
-    from diskwright.formats.qcow2.refcounts import Refcounts
     from diskwright.formats.qcow2.resize import resize
-    from diskwright.formats.qcow2.writing import Writer
 
-    options = Qcow2Options()
-    leases = Leases()
-    image = Qcow2(file, header, options, leases)
-    refcounts = Refcounts(file, header, options.cache_size // 4)
-    image.writer = Writer(file, header, image.mapping, refcounts, leases, options.cache_size // 4)
+    image = Qcow2(file, header, Qcow2Options(), Leases(), data_file)
+    image.start_writer()
     resize(image, size, preallocation=preallocation)
     image.close()
 

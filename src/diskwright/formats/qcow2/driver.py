@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import struct
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
 
-from diskwright.core.driver import CheckReport, Format, Info, OpenContext, Reservation
+from diskwright.core.driver import CheckReport, Format, Info, OpenContext, Part, Reservation
 from diskwright.core.leases import Leases
 from diskwright.core.node import Node
-from diskwright.errors import CorruptImage, ImageError, UnsupportedFeature
+from diskwright.errors import CorruptImage, ImageError, OptionError, UnsupportedFeature
 from diskwright.extents import Extent, Extents
 from diskwright.formats.qcow2 import header as fields
 from diskwright.formats.qcow2.compressed import Decoder
 from diskwright.formats.qcow2.header import Header, read_header
 from diskwright.formats.qcow2.layout import MAGIC
-from diskwright.formats.qcow2.mapping import Mapping
 from diskwright.formats.qcow2.options import Qcow2CreateOptions, Qcow2Options
 from diskwright.formats.qcow2.refcounts import Refcounts
+from diskwright.formats.qcow2.subclusters import SubclusterMapping, open_mapping
 from diskwright.formats.qcow2.writing import Writer
+
+DATA_FILE_ROLE: Final = "data-file"
 
 
 class Qcow2(Format):
     """A qcow2 image, version 2 or 3.
 
-    Read: every cluster size, zero and compressed clusters, images with internal snapshots or bitmaps.
-    Written: all of that except images with persistent bitmaps. Not opened at all: encrypted images, those
-    with an external data file, and those with extended L2 entries.
+    Read: every cluster size, subclusters, zero and compressed clusters, external data files, images with internal
+    snapshots or bitmaps. Written: all of that except images with persistent bitmaps, and snapshots of images with a
+    data file. Not opened at all: encrypted images.
     """
 
     name = "qcow2"
@@ -33,10 +37,19 @@ class Qcow2(Format):
     create_options = Qcow2CreateOptions
     has_backing = True
     suffixes = (".qcow2", ".qcow")
+    roles = (DATA_FILE_ROLE,)
 
-    def __init__(self, file: Node, header: Header, options: Qcow2Options, leases: Leases | None) -> None:
+    def __init__(
+        self,
+        file: Node,
+        header: Header,
+        options: Qcow2Options,
+        leases: Leases | None,
+        data_file: Node | None = None,
+    ) -> None:
         """With ``leases`` it is to be written to."""
-        self.children = (file,)
+        self.children = (file,) if data_file is None else (file, data_file)
+        self.data_child = len(self.children) - 1
         self._options, self._leases = options, leases
         self.writer: Writer | None = None
         self._set_up(header)
@@ -50,8 +63,10 @@ class Qcow2(Format):
         if options.repair:
             return  # nothing is looked up: tables may be damaged, and are looked at by check alone
         # A writer needs half of it: a quarter for refcounts, another for places it knows it may write to.
-        self.mapping = Mapping(file, header, options.cache_size // (1 if self._leases is None else 2))
+        self.mapping = open_mapping(file, header, options.cache_size // (1 if self._leases is None else 2))
         self._decoder = Decoder(file.filename, header.compression, self.cluster_size)
+        if header.data_file is not None and not self.data_child:
+            return  # opened to look at its metadata; look-ups go to the methods below, which say so
         # The look-ups go straight to where they are answered: they are the hot path.
         self.extent_at = self.mapping.extent_at  # type: ignore[method-assign]
         self.extents = self.mapping.extents  # type: ignore[method-assign]
@@ -70,7 +85,8 @@ class Qcow2(Format):
     def open(cls, context: OpenContext, options: Qcow2Options) -> Qcow2:
         """See ``Format.open``. An image marked dirty is repaired when it is opened for writing."""
         header = read_header(context.file)
-        image = cls(context.file, header, options, context.leases if context.writable else None)
+        data_file = None if options.repair else _open_data_file(context, header)
+        image = cls(context.file, header, options, context.leases if context.writable else None, data_file)
         if context.writable and not options.repair:
             image._begin_writing()
         return image
@@ -79,6 +95,8 @@ class Qcow2(Format):
         header, path = self.header, self.children[0].filename
         if header.autoclear_features & fields.BITMAPS and header.extension(fields.EXT_BITMAPS) is not None:
             raise UnsupportedFeature(f"{path}: has persistent dirty bitmaps, which cannot be kept up to date here")
+        if header.data_file is not None and header.nb_snapshots:
+            raise UnsupportedFeature(f"{path}: has snapshots, whose data the external data file holds only once")
         if header.incompatible_features & fields.CORRUPT:
             raise ImageError(f"{path}: is marked corrupt; open it read-only, or repair it before writing to it")
         if not header.refcount_table_clusters:
@@ -91,27 +109,35 @@ class Qcow2(Format):
             if report.corruptions or report.check_errors:
                 raise ImageError(f"{path}: is marked dirty, and its refcounts could not be repaired; check it first")
             self._set_up(read_header(self.children[0]))
-        self._start_writer()
+        self.start_writer()
 
-    def _start_writer(self) -> None:
+    def start_writer(self) -> None:
+        """Makes the writing side, for the header as it is. Raises CorruptImage or LimitExceeded."""
         assert self._leases is not None
-        file, header, cache = self.children[0], self.header, self._options.cache_size
+        file, header, mapping, cache = self.children[0], self.header, self.mapping, self._options.cache_size
         refcounts = Refcounts(file, header, cache // 4)
-        self.writer = Writer(file, header, self.mapping, refcounts, self._leases, cache // 4)
+        if isinstance(mapping, SubclusterMapping):
+            from diskwright.formats.qcow2.subwriting import SubclusterWriter
+
+            data_file = self.children[1] if self.data_child else None
+            self.writer = SubclusterWriter(file, header, mapping, refcounts, self._leases, cache // 4, data_file)
+        else:
+            self.writer = Writer(file, header, mapping, refcounts, self._leases, cache // 4)
         self.in_place = self.writer.in_place  # type: ignore[method-assign]
 
     def reload(self) -> None:
         """Forgets what is cached and begins again from what is in the file. Nothing may wait to be written."""
         self._set_up(read_header(self.children[0]))
         if self.writer is not None:
-            self._start_writer()
+            self.start_writer()
 
     def _clear_autoclear(self) -> None:
         """Whoever writes without knowing what a bit stands for has to clear it first."""
         header = self.header
-        if header.autoclear_features:
-            header.autoclear_features = 0
-            self.children[0].pwrite(fields.AT_AUTOCLEAR, bytes(8))
+        kept = fields.RAW_DATA_FILE if header.raw_data_file else 0
+        if header.autoclear_features != kept:
+            header.autoclear_features = kept
+            self.children[0].pwrite(fields.AT_AUTOCLEAR, struct.pack(">Q", kept))
             self.children[0].flush()
 
     @property
@@ -121,13 +147,14 @@ class Qcow2(Format):
 
     # -- the map ---------------------------------------------------------------------------------
     def extent_at(self, offset: int, length: int) -> Extent:
-        raise self._for_repair_only()
+        raise self._without_data()
 
     def extents(self, offset: int, length: int) -> Extents:
-        raise self._for_repair_only()
+        raise self._without_data()
 
-    def _for_repair_only(self) -> ImageError:
-        return ImageError(f"{self.children[0].filename}: is open for repair only")
+    def _without_data(self) -> ImageError:
+        why = "is open for repair only" if self._options.repair else "was opened without its external data file"
+        return ImageError(f"{self.children[0].filename}: {why}")
 
     def decode(self, extent: Extent, raw: memoryview, into: memoryview) -> None:
         self._decoder.decode(extent, raw, into)
@@ -190,6 +217,18 @@ class Qcow2(Format):
 
         create(file, options)
 
+    @classmethod
+    def create_parts(cls, options: Qcow2CreateOptions) -> tuple[Part, ...]:
+        if options.data_file is None:
+            return ()
+        return (Part(DATA_FILE_ROLE, options.data_file),)
+
+    @classmethod
+    def create_from(cls, file: Node, options: Qcow2CreateOptions, parts: Mapping[str, Node]) -> None:
+        from diskwright.formats.qcow2.create import create
+
+        create(file, options, parts.get(DATA_FILE_ROLE))
+
     def resize(self, size: int, *, preallocation: str = "off") -> None:
         from diskwright.formats.qcow2.resize import resize
 
@@ -207,6 +246,10 @@ class Qcow2(Format):
         if header.version >= 3:
             specific["lazy-refcounts"] = bool(header.compatible_features & fields.LAZY_REFCOUNTS)
         specific["refcount-bits"] = 1 << header.refcount_order
+        if header.data_file is not None:
+            if header.data_file:
+                specific["data-file"] = header.data_file
+            specific["data-file-raw"] = header.raw_data_file
         if header.version >= 3:
             specific["corrupt"] = bool(header.incompatible_features & fields.CORRUPT)
             specific["extended-l2"] = bool(header.incompatible_features & fields.EXTENDED_L2)
@@ -220,11 +263,30 @@ class Qcow2(Format):
         if self.backing is not None:
             return False
         # Preallocated clusters show what the storage held before, where that is not zeros.
-        return self.children[0].zero_init or not (self._options.repair or any(self.mapping.l1))
+        return self.children[self.data_child].zero_init or not (self._options.repair or any(self.mapping.l1))
 
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+
+
+def _open_data_file(context: OpenContext, header: Header) -> Node | None:
+    """The external data file; None when there is none, or when no guest data is wanted. What the user says it is
+    comes before what the image names. Raises ImageError when nobody names it."""
+    path, name = context.file.filename, header.data_file
+    given = DATA_FILE_ROLE in context.given
+    if name is None:
+        if given:
+            raise OptionError("'data-file' can only be set for images with an external data file")
+        return None
+    if not context.guest_data:
+        return None
+    if not name and not given:
+        raise ImageError("'data-file' is required for this image")
+    data_file = context.open_reference(DATA_FILE_ROLE, name, None)
+    if data_file is context.file or os.path.realpath(data_file.filename) == os.path.realpath(path):
+        raise CorruptImage(path, "external data file name", name, None, "that is the image itself")
+    return data_file
 
 
 DRIVERS: tuple[Any, ...] = (Qcow2,)

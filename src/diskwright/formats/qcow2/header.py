@@ -17,6 +17,7 @@ from diskwright.formats.qcow2.layout import (
     MAX_REFTABLE_BYTES,
     MAX_SNAPSHOTS,
     MIN_CLUSTER_BITS,
+    MIN_EXTENDED_CLUSTER_BITS,
     Geometry,
 )
 from diskwright.units import MAX_BACKING_NAME, MAX_DISK_SIZE
@@ -61,7 +62,7 @@ FEATURE_NAMES: Final[tuple[tuple[int, int, str], ...]] = (
 )
 """``(kind, bit, name)``: 0 incompatible, 1 compatible, 2 autoclear. The names are those every tool writes."""
 
-_READABLE: Final = DIRTY | CORRUPT | COMPRESSION
+_READABLE: Final = DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2
 """Incompatible features with which an image can be read here."""
 
 _FEATURE_ENTRY: Final = struct.Struct(">BB46s")
@@ -102,11 +103,24 @@ class Header:
 
     @property
     def geometry(self) -> Geometry:
-        return Geometry(self.cluster_bits, self.refcount_order)
+        extended = bool(self.incompatible_features & EXTENDED_L2)
+        return Geometry(self.cluster_bits, self.refcount_order, extended=extended)
 
     def extension(self, kind: int) -> bytes | None:
         """The data of the first extension of that type."""
         return next((data for found, data in self.extensions if found == kind), None)
+
+    @property
+    def data_file(self) -> str | None:
+        """The name of the external data file, '' when the image does not say it, None when there is none."""
+        if not self.incompatible_features & DATA_FILE:
+            return None
+        return os.fsdecode(self.extension(EXT_DATA_FILE) or b"")
+
+    @property
+    def raw_data_file(self) -> bool:
+        """Whether the data file has to read, by itself, as the guest's disk does."""
+        return bool(self.incompatible_features & DATA_FILE and self.autoclear_features & RAW_DATA_FILE)
 
     @property
     def backing(self) -> BackingHint | None:
@@ -235,6 +249,14 @@ def _check_features(path: str, header: Header) -> None:
     if unknown:
         what = ", ".join(names.get((0, bit), f"unknown feature {bit}") for bit in range(64) if unknown >> bit & 1)
         raise UnsupportedFeature(f"{path}: needs qcow2 features that are not supported here: {what}")
+    if header.incompatible_features & EXTENDED_L2 and header.cluster_bits < MIN_EXTENDED_CLUSTER_BITS:
+        raise CorruptImage(
+            path, "cluster_bits", header.cluster_bits, 20,
+            f"with extended L2 entries it must be at least {MIN_EXTENDED_CLUSTER_BITS}",
+        )  # fmt: skip
+    name = header.data_file or ""
+    if len(name) > MAX_BACKING_NAME or "\0" in name:
+        raise CorruptImage(path, "external data file name", f"{len(name)} bytes", None, "too long, or it contains NUL")
     if header.crypt_method:
         method = {1: "AES", 2: "LUKS"}.get(header.crypt_method, f"method {header.crypt_method}")
         raise UnsupportedFeature(f"{path}: is encrypted ({method}), which is not supported here")

@@ -25,6 +25,16 @@ OFFSET_MASK: Final = 0x00FF_FFFF_FFFF_FE00
 L1_RESERVED: Final = 0x7F00_0000_0000_01FF
 L2_RESERVED: Final = 0x3F00_0000_0000_01FE
 """Of standard cluster descriptors."""
+
+# Extended L2 entries, section "Extended L2 Entries": a second word with two bits for each of 32 subclusters.
+SUBCLUSTER_BITS: Final = 5
+"""log2 of the subclusters of a cluster."""
+ALL_SUBCLUSTERS: Final = (1 << 32) - 1
+"""The lower half of the bitmap: which subclusters are allocated. The upper half: which read as zeros."""
+ALL_ZERO: Final = ALL_SUBCLUSTERS << 32
+MIN_EXTENDED_CLUSTER_BITS: Final = MIN_CLUSTER_BITS + SUBCLUSTER_BITS
+"""16 KiB: a subcluster has at least 512 bytes."""
+
 MAX_HOST_OFFSET: Final = 1 << 56
 """Tables can point no further."""
 
@@ -61,6 +71,8 @@ class Geometry:
         "cluster_mask",
         "cluster_size",
         "compressed_mask",
+        "entry_words",
+        "extended",
         "l2_bits",
         "ref_slice_bits",
         "refcount_order",
@@ -68,18 +80,24 @@ class Geometry:
         "sectors_shift",
         "slice_bits",
         "slice_bytes",
+        "unit_bits",
     )
 
-    def __init__(self, cluster_bits: int, refcount_order: int) -> None:
-        self.cluster_bits, self.refcount_order = cluster_bits, refcount_order
+    def __init__(self, cluster_bits: int, refcount_order: int, *, extended: bool = False) -> None:
+        """``extended``: whether L2 entries have two words, and clusters 32 subclusters."""
+        self.cluster_bits, self.refcount_order, self.extended = cluster_bits, refcount_order, extended
+        self.entry_words = 2 if extended else 1
+        """Words of 64 bits in an L2 entry."""
+        self.unit_bits = cluster_bits - SUBCLUSTER_BITS if extended else cluster_bits
+        """log2 of the least a map can say anything about: a subcluster where there are any, else a cluster."""
         self.cluster_size = 1 << cluster_bits
         self.cluster_mask = self.cluster_size - 1
-        self.l2_bits = cluster_bits - 3
+        self.l2_bits = cluster_bits - 2 - self.entry_words
         """Entries of an L2 table."""
         self.block_bits = cluster_bits + 3 - refcount_order
         """Clusters counted by a refcount block."""
         self.slice_bytes = min(self.cluster_size, MAX_SLICE_BYTES)
-        self.slice_bits = self.slice_bytes.bit_length() - 1 - 3
+        self.slice_bits = self.slice_bytes.bit_length() - 1 - 2 - self.entry_words
         """Entries of an L2 slice."""
         self.ref_slice_bits = self.slice_bytes.bit_length() - 1 + 3 - refcount_order
         """Clusters counted by a slice of a refcount block."""

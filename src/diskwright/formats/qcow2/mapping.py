@@ -41,7 +41,7 @@ class Mapping:
         self.l1_offset = header.l1_table_offset
         self.l1 = read_table(file, "l1_table_offset", header.l1_table_offset, header.l1_size)
         self.l2 = SliceCache(
-            file, self.locate, typecode="Q", items=1 << g.slice_bits, byteorder="big", budget=cache_bytes
+            file, self.locate, typecode="Q", items=g.slice_bytes // 8, byteorder="big", budget=cache_bytes
         )
         self._young = self.l2.young.get
         self._cluster_bits, self._cluster_mask, self._cluster_size = g.cluster_bits, g.cluster_mask, g.cluster_size
@@ -154,7 +154,7 @@ class Mapping:
         if count <= _BULK:
             found = self._bulk(first, count)
         else:
-            found = _join([self._bulk(first + at, min(_BULK, count - at)) for at in range(0, count, _BULK)]).merge()
+            found = join([self._bulk(first + at, min(_BULK, count - at)) for at in range(0, count, _BULK)]).merge()
         # Only the first and the last run can reach out of the range.
         inside = offset & self._cluster_mask
         if inside:
@@ -242,7 +242,7 @@ class Mapping:
             self.check_entry(first + int(heads[at]), int(entries[at]))
 
     def entries(self, first: int, count: int) -> NDArray[np.uint64] | None:
-        """Copies of the L2 entries of guest clusters, as native integers; None when none has an L2 table.
+        """Copies of the words of guest clusters' L2 entries, as native integers; None when none has an L2 table.
 
         Nothing enters the cache: a walk over a whole disk must not displace what its users need.
         """
@@ -252,7 +252,8 @@ class Mapping:
         l1_first, l1_last = first >> g.l2_bits, (first + count - 1) >> g.l2_bits
         if not any(self.l1[l1_first : l1_last + 1]):
             return None
-        found = np.zeros(count, np.uint64)
+        words = g.entry_words
+        found = np.zeros(count * words, np.uint64)
         raw = memoryview(found.view(np.uint8).data)
         wanted: list[tuple[int, memoryview]] = []
         swapped: list[tuple[int, int]] = []
@@ -263,12 +264,13 @@ class Mapping:
             table = self.l1[number >> self._to_l1] & OFFSET_MASK
             if table:
                 cached = self.l2.peek(number)
-                begin = at & self._index_mask
+                begin = (at & self._index_mask) * words
+                low, high = (at - first) * words, (stop - first) * words
                 if cached is not None:
-                    found[at - first : stop - first] = np.frombuffer(cached, np.uint64)[begin : begin + stop - at]
+                    found[low:high] = np.frombuffer(cached, np.uint64)[begin : begin + high - low]
                 else:
-                    wanted.append((self.locate(number) + begin * 8, raw[(at - first) * 8 : (stop - first) * 8]))
-                    _extend(swapped, at - first, stop - first)
+                    wanted.append((self.locate(number) + begin * 8, raw[low * 8 : high * 8]))
+                    _extend(swapped, low, high)
             at = stop
         if wanted:
             self._read_entries(wanted, first)
@@ -294,7 +296,7 @@ class Mapping:
 
     def _bad_l2(self, cluster: int, entry: int, why: str) -> NoReturn:
         number = cluster >> self.geometry.slice_bits
-        where = self.locate(number) + (cluster & self._index_mask) * 8
+        where = self.locate(number) + (cluster & self._index_mask) * 8 * self.geometry.entry_words
         raise CorruptImage(
             self.path, f"L2 entry of guest offset {cluster << self._cluster_bits:#x}", f"{entry:#x}", where, why
         )
@@ -324,7 +326,7 @@ def _extend(ranges: list[tuple[int, int]], start: int, end: int) -> None:
         ranges.append((start, end))
 
 
-def _join(parts: list[Extents]) -> Extents:
+def join(parts: list[Extents]) -> Extents:
     import numpy as np
 
     return Extents(

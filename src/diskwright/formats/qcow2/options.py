@@ -26,6 +26,9 @@ class Qcow2CreateOptions:
     preallocation: str = option(
         OneOf("off", "metadata", "falloc", "full"), "what is taken in advance: tables, space, or both", default="off"
     )
+    extended_l2: bool = option(BOOL, "L2 entries that divide each cluster into 32 subclusters", default=False)
+    data_file: str | None = option(STR, "file that holds the guest's data, made along with the image", default=None)
+    data_file_raw: bool = option(BOOL, "keep the data file valid as a raw image", default=False)
     compression_type: str = option(OneOf("zlib", "zstd"), "method of compressed clusters", default="zlib")
     lazy_refcounts: bool = option(BOOL, "let other programs postpone refcount updates", default=False)
     refcount_bits: int = option(INT, "width of a refcount in bits, 1 to 64, a power of two", default=16)

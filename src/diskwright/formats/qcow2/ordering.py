@@ -8,6 +8,7 @@ What makes a crash harmless, whenever it comes:
 * ``checkpoint`` writes refcounts, then L2 tables, then the L1 table, with a flush after each; guest data was
   written before the map in memory named its place, so the first flush covers it. Nothing in the file points at
   something that is not durable.
+* Guest data in an external data file is flushed before the tables that point at it, like that in the file itself.
 * A place that is given up keeps its refcount until the map without it is durable and no lease can reach it.
   Until then nobody else gets it, and afterwards the worst a crash can do is to leave it counted.
 """
@@ -57,6 +58,8 @@ class Ordering:
         self.file, self.path, self.header, self.map, self.refcounts = file, file.filename, header, mapping, refcounts
         self.lock = threading.Lock()
         self.flush_lock = threading.Lock()
+        self.data_file: Node | None = None
+        """The external data file, where there is one."""
         g = self.geometry = mapping.geometry
         self._cluster_bits, self._cluster_mask, self._cluster_size = g.cluster_bits, g.cluster_mask, g.cluster_size
         self.metadata = MetadataMap(header, mapping, refcounts)
@@ -178,6 +181,8 @@ class Ordering:
         try:
             if blocks:
                 self.file.writev(blocks)
+            if self.data_file is not None:
+                self.data_file.flush()
             self.file.flush()
             for pieces in (table, slices, l1):
                 if pieces:

@@ -12,10 +12,11 @@ from array import array
 from typing import TYPE_CHECKING
 
 from diskwright.errors import ImageError, LimitExceeded, UnsupportedFeature
-from diskwright.extents import DATA, SPECIAL
+from diskwright.extents import DATA, SPECIAL, Extent
 from diskwright.formats.qcow2.header import AT_L1, AT_SIZE
 from diskwright.formats.qcow2.layout import MAX_L1_BYTES, OFFSET_MASK
 from diskwright.formats.qcow2.refcounts import big_endian
+from diskwright.formats.qcow2.writing import PlacedClusters
 
 if TYPE_CHECKING:
     from diskwright.core.node import Node
@@ -47,7 +48,12 @@ def resize(image: Qcow2, size: int, preallocation: str) -> None:
         _shrink(image, writer, size)
     elif size > image.size:
         old = image.size
+        if writer.data_file is not None:
+            zeroed = writer.header.raw_data_file or preallocation != "off"
+            _grow_data_file(writer.data_file, old, size, preallocation, zeroed)
         _grow(image, writer, size, entries)
+        if preallocation == "off" and writer.header.raw_data_file:
+            preallocation = "metadata"  # a raw data file is all data
         if preallocation != "off":
             preallocate(image, writer, old, preallocation)
 
@@ -65,40 +71,68 @@ def _grow(image: Qcow2, writer: Writer, size: int, l1_entries: int) -> None:
     # Nothing should be mapped beyond the end, but a crash while shrinking, or another program, may have left it.
     _unmap(writer, g.clusters(image.size), min(g.clusters(size), len(writer.map.l1) << g.l2_bits))
     if image.size & g.cluster_mask:
-        _zero_tail(image, writer)
+        _zero_tail(image, writer, min(size, g.clusters(image.size) << g.cluster_bits))
     if l1_entries > len(writer.map.l1):
         grow_l1(writer, l1_entries)
     writer.checkpoint()
     _set_size(image, writer, size)
 
 
-def _zero_tail(image: Qcow2, writer: Writer) -> None:
-    """Zeros the rest of the last cluster, which the guest could not see so far."""
-    g, file = writer.geometry, writer.file
-    size = image.size
-    rest = g.cluster_size - (size & g.cluster_mask)
-    run = image.mapping.extent_at(size, rest)
-    if run.kind not in (DATA, SPECIAL):
-        return
-    place = writer.in_place(size, rest)
+def _zero_tail(image: Qcow2, writer: Writer, end: int) -> None:
+    """Zeros the rest of the last cluster, up to ``end``, which the guest could not see so far."""
+    at = image.size
+    while at < end:
+        run = image.mapping.extent_at(at, end - at)
+        if run.kind in (DATA, SPECIAL):
+            _zero_run(image, writer, run)
+        at = run.end
+
+
+def _zero_run(image: Qcow2, writer: Writer, run: Extent) -> None:
+    """Writes zeros to a run behind the disk's end."""
+    target = image.children[image.data_child]
+    place = writer.in_place(run.offset, run.length)
     if place >= 0:
-        file.write_zeros(place, rest)
+        target.write_zeros(place, run.length)
         return
-    start = size - (size & g.cluster_mask)
-    whole = bytearray(g.cluster_size)
-    used = memoryview(whole)[: size - start]
-    run = image.mapping.extent_at(start, len(used))
-    if run.kind == SPECIAL:
-        image.decode(run, memoryview(bytearray(file.pread(run.file_offset, run.stored))), used)
-    else:
-        file.readv([(run.file_offset, used)])
-    placed = writer.reserve(start, g.cluster_size)
-    try:
-        file.pwrite(placed.extents[0].file_offset, whole)
-    except BaseException:
-        placed.abort()
-        raise
-    placed.publish()
+    done = 0
+    while done < run.length:
+        placed = writer.reserve(run.offset + done, run.length - done)
+        try:
+            for part in placed.extents:
+                target.write_zeros(part.file_offset, part.length)
+                done += part.length
+            for fill in placed.fills:
+                target.pwrite(fill.file_offset, _stored(image, fill))
+        except BaseException:
+            placed.abort()
+            raise
+        placed.publish()
+
+
+def _stored(image: Qcow2, fill: Extent) -> bytearray:
+    """What this layer has for a range, up to the disk's end; zeros behind it."""
+    found = bytearray(fill.length)
+    at, end = fill.offset, min(fill.offset + fill.length, image.size)
+    while at < end:
+        run = image.mapping.extent_at(at, end - at)
+        part = memoryview(found)[at - fill.offset : run.end - fill.offset]
+        child = image.children[run.child]
+        if run.kind == SPECIAL:
+            image.decode(run, memoryview(bytearray(child.pread(run.file_offset, run.stored))), part)
+        elif run.kind == DATA:
+            child.readv([(run.file_offset, part)])
+        at = run.end
+    return found
+
+
+def _grow_data_file(data_file: Node, old: int, size: int, preallocation: str, zeroed: bool) -> None:
+    """Makes room for a larger disk. ``zeroed``: the map will say that there is data, so what may be there must go."""
+    if zeroed and data_file.size > old:
+        data_file.write_zeros(old, min(size, data_file.size) - old, unmap=True)
+    if data_file.size < size:
+        data_file.resize(size, preallocation=preallocation if preallocation in ("falloc", "full") else "off")
+        data_file.flush()
 
 
 def grow_l1(writer: Writer, entries: int) -> None:
@@ -130,17 +164,23 @@ def _shrink(image: Qcow2, writer: Writer, size: int) -> None:
     writer.drop_blocks()
     writer.checkpoint()
     _trim(writer)
+    if writer.data_file is not None and writer.data_file.size > size:
+        _shorten(writer.data_file, size)
 
 
 def _trim(writer: Writer) -> None:
     """Cuts off what lies behind the last cluster in use, where the storage can be made smaller."""
     end = writer.refcounts.end() << writer.geometry.cluster_bits
     if end < writer.file.size:
-        try:
-            writer.file.resize(end)
-        except OSError as error:
-            if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
-                raise
+        _shorten(writer.file, end)
+
+
+def _shorten(file: Node, size: int) -> None:
+    try:
+        file.resize(size)
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
 
 
 def _unmap(writer: Writer, first: int, end: int) -> None:
@@ -160,10 +200,11 @@ def _unmap(writer: Writer, first: int, end: int) -> None:
 
 def preallocate(image: Qcow2, writer: Writer, start: int, mode: str) -> None:
     """Gives every cluster from guest offset ``start`` on, none of which has a place, one that reads as zeros.
-    ``mode`` metadata: only that; falloc: the file system reserves the space; full: zeros are written to it."""
-    g, file = writer.geometry, writer.file
+    ``mode`` metadata: only that; falloc: the file system reserves the space; full: zeros are written to it. A data file
+    has the space, and zeros in it, already."""
+    g, file, own = writer.geometry, writer.file, writer.data_file is None
     start += -start & g.cluster_mask
-    if mode != "metadata":
+    if mode != "metadata" and own:
         # At the end and in one piece, so that the storage can make the space in one go.
         end = g.clusters(file.size)
         writer.refcounts.take_from(end)
@@ -173,17 +214,21 @@ def preallocate(image: Qcow2, writer: Writer, start: int, mode: str) -> None:
         run = placed.extents[0]
         length = run.length + (-run.length & g.cluster_mask)
         try:
-            if not placed.zeroed:
+            if not placed.zeroed and own:
                 file.write_zeros(run.file_offset, length)
             # Before the map can name them: what lies beyond the end of the file counts as damage.
-            _extend(file, run.file_offset + length, mode)
+            if own:
+                _extend(file, run.file_offset + length, mode)
         except BaseException:
             placed.abort()
             raise
-        placed.publish()
+        if isinstance(placed, PlacedClusters):
+            writer.publish_empty(placed)
+        else:
+            placed.publish()
         start += run.length
     writer.checkpoint()
-    if mode != "metadata":
+    if mode != "metadata" and own:
         _trim(writer)
 
 

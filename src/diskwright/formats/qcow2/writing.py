@@ -28,7 +28,7 @@ _MANY: Final = 4096
 """Entries from which on NumPy is worth its import: only allocation in advance makes that many at once."""
 
 
-class _InPlace(Reservation):
+class InPlace(Reservation):
     """A write that needs no new place after all."""
 
     def __init__(self, extent: Extent) -> None:
@@ -41,7 +41,7 @@ class _InPlace(Reservation):
         return
 
 
-class _Placed(Reservation):
+class PlacedClusters(Reservation):
     """Guest clusters ``first`` to ``last`` on their way to the host clusters from ``place`` on."""
 
     def __init__(self, writer: Writer, first: int, last: int, place: int, *, kept: bool) -> None:
@@ -49,6 +49,8 @@ class _Placed(Reservation):
         self.first, self.last, self.place = first, last, place
         self.kept = kept
         """The places were ready for these clusters, which read as zeros; they were not taken for this write."""
+        self.bitmaps: dict[int, tuple[int, int]] = {}
+        """For clusters of which it may be only a part: ``(zero, allocated)`` parts afterwards; see ``subwriting``."""
 
     def publish(self) -> None:
         self._writer.publish(self)
@@ -71,7 +73,7 @@ class Writer(Ordering):
         self.backed = True
         """Whether clusters without an entry may read as something else than zeros."""
         self._turn = threading.Condition(self.lock)
-        self._open: list[_Placed] = []  # reservations neither published nor aborted: few, one a writing thread
+        self._open: list[PlacedClusters] = []  # reservations neither published nor aborted: few, one a writing thread
         self._file_zero_init = file.zero_init
         self._owned: set[int] = set()  # L1 entries whose L2 table is known to be ours alone
         # Places proven to be writable: one array a slice, 0 where nothing is proven.
@@ -184,7 +186,7 @@ class Writer(Ordering):
                 end += 1
             inside = offset & self._cluster_mask
             covered = min(length, ((end - first) << bits) - inside)
-            return _InPlace(Extent(offset, covered, DATA, place + inside))
+            return InPlace(Extent(offset, covered, DATA, place + inside))
         number = first >> self.geometry.slice_bits
         items = self._own_table(first)
         index = first & self._index_mask
@@ -198,13 +200,13 @@ class Writer(Ordering):
             host, count = self._allocate(self._count_new(first, entries))
             place = host << bits
         self.map.l2.pin(number)
-        placed = _Placed(self, first, first + count - 1, place, kept=kept)
+        placed = PlacedClusters(self, first, first + count - 1, place, kept=kept)
         placed.zeroed = not kept and place >> bits >= before and self._file_zero_init
         self._describe(placed, offset, length)
         self._open.append(placed)
         return placed
 
-    def _describe(self, placed: _Placed, offset: int, length: int) -> None:
+    def _describe(self, placed: PlacedClusters, offset: int, length: int) -> None:
         """Which of its bytes the write fills, and which the caller must."""
         start, end = placed.first << self._cluster_bits, (placed.last + 1) << self._cluster_bits
         shift = placed.place - start
@@ -261,7 +263,7 @@ class Writer(Ordering):
                 if not self.refcounts.get(each):
                     self._refuse(cluster, each << self._cluster_bits, "the refcount of that host cluster is 0")
 
-    def publish(self, placed: _Placed) -> None:
+    def publish(self, placed: PlacedClusters) -> None:
         """Puts a reservation's places on the map."""
         with self.lock:
             bits, size = self.geometry.slice_bits, self._cluster_size
@@ -271,9 +273,9 @@ class Writer(Ordering):
             assert items is not None, "pinned by the reservation"
             old = items[low : high + 1]
             start = placed.place
-            items[low : high + 1] = _steps(start | COPIED, size, len(old))
+            items[low : high + 1] = steps(start | COPIED, size, len(old))
             self.map.l2.mark(number, low, high)
-            self._places_of(number)[low : high + 1] = _steps(start, size, len(old))
+            self._places_of(number)[low : high + 1] = steps(start, size, len(old))
             if not placed.kept and any(old):
                 self._give_up(old, unmap=False)
             self._close(placed)
@@ -281,7 +283,11 @@ class Writer(Ordering):
         if overdue:
             self.checkpoint()
 
-    def abort(self, placed: _Placed) -> None:
+    def publish_empty(self, placed: PlacedClusters) -> None:
+        """``publish`` for places that are taken in advance, and hold zeros."""
+        self.publish(placed)
+
+    def abort(self, placed: PlacedClusters) -> None:
         """Gives a reservation's places back, or leaks them when even that fails."""
         with self.lock:
             self._close(placed)
@@ -290,7 +296,7 @@ class Writer(Ordering):
             with suppress(Exception):  # what cannot be given back is leaked, and check will find it
                 self.refcounts.release([(placed.place >> self._cluster_bits, placed.last - placed.first + 1)])
 
-    def _close(self, placed: _Placed) -> None:
+    def _close(self, placed: PlacedClusters) -> None:
         self._open.remove(placed)
         self.map.l2.unpin(placed.first >> self.geometry.slice_bits)
         self._turn.notify_all()
@@ -446,7 +452,7 @@ class Writer(Ordering):
                 self._give_up_runs([(host, 1)], unmap=False)
 
 
-def _steps(start: int, step: int, count: int) -> array[int]:
+def steps(start: int, step: int, count: int) -> array[int]:
     """``count`` numbers from ``start`` on."""
     if count < _MANY:
         return array("Q", range(start, start + step * count, step))
