@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from diskwright.core.driver import CheckReport, Format, Info, OpenContext, not_supported
+from diskwright.core.driver import CheckReport, Format, Info, MeasuredSource, Measurement, OpenContext, not_supported
 from diskwright.core.node import Node
 from diskwright.core.options import SIZE, OneOf, option
 from diskwright.errors import OptionError
@@ -63,6 +63,11 @@ class Raw(Format):
     @classmethod
     def create(cls, file: Node, options: RawCreateOptions) -> None:
         file.resize(align_up(options.size, SECTOR), preallocation=options.preallocation)
+
+    @classmethod
+    def measure(cls, options: RawCreateOptions, source: MeasuredSource | None) -> Measurement:
+        size = align_up(options.size, SECTOR)
+        return Measurement(size, size)
 
     @property
     def size(self) -> int:  # type: ignore[override]

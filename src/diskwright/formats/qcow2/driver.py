@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping as Dictionary
+from collections.abc import Sequence
 from typing import Any
 
-from diskwright.core.driver import CheckReport, Format, Info, OpenContext, Reservation
+from diskwright.core.driver import CheckReport, Format, Info, MeasuredSource, Measurement, OpenContext, Progress, Reservation
 from diskwright.core.leases import Leases
 from diskwright.core.node import Node
 from diskwright.errors import CorruptImage, ImageError, UnsupportedFeature
@@ -151,6 +153,24 @@ class Qcow2(Format):
         from diskwright.formats.qcow2.create import create
 
         create(file, options)
+
+    @classmethod
+    def measure(cls, options: Qcow2CreateOptions, source: MeasuredSource | None) -> Measurement:
+        from diskwright.formats.qcow2.measure import measure
+
+        return measure(options, source)
+
+    def stored_bitmaps(self) -> Sequence[tuple[int, str]] | None:
+        from diskwright.formats.qcow2.measure import stored_bitmaps
+
+        return stored_bitmaps(self.children[0], self.header)
+
+    def amend(
+        self, options: Dictionary[str, object], *, force: bool = False, progress: Progress | None = None
+    ) -> None:
+        from diskwright.formats.qcow2.amend import amend
+
+        amend(self, options, force, progress)
 
     def resize(self, size: int, *, preallocation: str = "off") -> None:
         from diskwright.formats.qcow2.resize import resize
