@@ -6,7 +6,7 @@ say anything, what the layers below hold.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from diskwright.core.driver import Format, MeasuredSource, Measurement
 from diskwright.core.leases import Leases
@@ -18,6 +18,10 @@ from diskwright.units import SECTOR, align_up
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+
+_SPREAD: Final = 16
+"""How much more of a file than is wanted may be gone through for its holes, rather than asking range by range."""
 
 
 class _Ranges(NamedTuple):
@@ -76,7 +80,7 @@ def _held(node: Node, offset: int, length: int, known: dict[int, bool]) -> _Rang
         return _Ranges(found.start - shift, found.end - shift) if shift else found
     runs = node.extents(offset, length)
     if isinstance(node, StorageNode):
-        return _ranges(runs, runs.kind == DATA)
+        return _data(runs)
     if id(node) not in known:
         known[id(node)] = may_have_holes(node)
     own = _ranges(runs, (runs.kind == DATA) | (runs.kind == SPECIAL))
@@ -91,7 +95,7 @@ def _held(node: Node, offset: int, length: int, known: dict[int, bool]) -> _Rang
     low, high = int(open_.start[0]), min(int(open_.end[-1]), backing.size)
     if low >= high:
         return own
-    below = _common(open_, _held(backing, low, high - low, known))
+    _, below = _common(open_, _held(backing, low, high - low, known))
     if not len(own.start):
         return below
     start, end = np.concatenate((own.start, below.start)), np.concatenate((own.end, below.end))
@@ -110,32 +114,46 @@ def _without_holes(node: Node, runs: Extents) -> _Ranges:
     import numpy as np
 
     assert isinstance(node, FormatNode)
-    starts: list[NDArray[np.int64]] = []
-    ends: list[NDArray[np.int64]] = []
-    for run in runs:
-        if run.kind == SPECIAL:
-            starts.append(np.array([run.offset]))
-            ends.append(np.array([run.end]))
-        elif run.kind == DATA:
-            shift = run.offset - run.file_offset
-            child = below_filters(node.format.children[run.child])
-            found = _ranges_of_file(child, run.file_offset, run.length)
-            starts.append(found.start + shift)
-            ends.append(found.end + shift)
-    return _Ranges(np.concatenate(starts), np.concatenate(ends))
+    special = _ranges(runs, runs.kind == SPECIAL)
+    starts, ends = [special.start], [special.end]
+    for child in np.unique(runs.child[runs.kind == DATA]).tolist():
+        chosen = (runs.kind == DATA) & (runs.child == child)
+        guest, host, length = runs.offset[chosen], runs.file_offset[chosen], runs.length[chosen]
+        order = np.argsort(host, kind="stable")
+        guest, host, length = guest[order], host[order], length[order]
+        there = _stored(below_filters(node.format.children[child]), _Ranges(host, host + length))
+        row, found = _common(_Ranges(host, host + length), there)
+        shift = guest[row] - host[row]
+        starts.append(found.start + shift)
+        ends.append(found.end + shift)
+    start, end = np.concatenate(starts), np.concatenate(ends)
+    order = np.argsort(start, kind="stable")
+    return _Ranges(start[order], end[order])
 
 
-def _ranges_of_file(file: Node, offset: int, length: int) -> _Ranges:
-    runs = file.extents(offset, length)
+def _stored(file: Node, wanted: _Ranges) -> _Ranges:
+    """What ``file`` has space for, in ranges that cover at least ``wanted``."""
+    import numpy as np
+
+    low, high = int(wanted.start[0]), int(wanted.end.max())
+    if high - low <= _SPREAD * int((wanted.end - wanted.start).sum()):
+        pieces = list(windows(low, high - low))
+    else:  # so far apart that asking for each costs less than going through all that is between them
+        pieces = list(zip(wanted.start.tolist(), (wanted.end - wanted.start).tolist(), strict=True))
+    parts = [_data(file.extents(offset, length)) for offset, length in pieces]
+    return _Ranges(np.concatenate([p.start for p in parts]), np.concatenate([p.end for p in parts]))
+
+
+def _data(runs: Extents) -> _Ranges:
     return _ranges(runs, runs.kind == DATA)
 
 
-def _common(a: _Ranges, b: _Ranges) -> _Ranges:
-    """What both have."""
+def _common(a: _Ranges, b: _Ranges) -> tuple[NDArray[np.int64], _Ranges]:
+    """What both have, and to which rows of ``a`` it belongs."""
     import numpy as np
 
     first = np.searchsorted(b.end, a.start, "right")
     counts = np.maximum(np.searchsorted(b.start, a.end, "left") - first, 0)
     row = np.repeat(np.arange(len(a.start)), counts)
     other = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts) + first[row]
-    return _Ranges(np.maximum(a.start[row], b.start[other]), np.minimum(a.end[row], b.end[other]))
+    return row, _Ranges(np.maximum(a.start[row], b.start[other]), np.minimum(a.end[row], b.end[other]))
