@@ -354,8 +354,12 @@ class Format(ABC):
         for child in self.children:
             child.flush()
 
-    def resize(self, size: int, *, preallocation: str = "off") -> None:
-        """Sets the guest's size; new bytes read as zeros. Called with no other request in flight."""
+    def resize(self, size: int, *, preallocation: str = "off", conceal: Callable[[], None] | None = None) -> None:
+        """Sets the guest's size; new bytes read as zeros. Called with no other request in flight.
+
+        ``conceal`` is given when a backing image has something where the new bytes are: it writes zeros over that,
+        and is to be called when they can be written to and before the new size is in the file.
+        """
         raise not_supported(f"Format '{self.name}' cannot be resized")
 
     def amend(self, options: Mapping[str, object], *, force: bool = False, progress: Progress | None = None) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from diskwright.core.driver import FilePlace, Filter, Format, Reservation, Segment, Segments, Storage, not_supported
@@ -288,11 +289,13 @@ class FormatNode(Node):
 
     def resize(self, size: int, *, preallocation: str = "off") -> None:
         old = self.size
-        self.format.resize(size, preallocation=preallocation)
         backed = min(size, self.backing.size) if self.backing is not None else 0
         if backed > old:
             # What the backing image has beyond this one's old end must not show: new bytes read as zeros.
-            self._write_zeros(old, backed - old, True, False)
+            conceal = partial(self._write_zeros, old, backed - old, True, False)
+            self.format.resize(size, preallocation=preallocation, conceal=conceal)
+        else:
+            self.format.resize(size, preallocation=preallocation)
         for bitmap in self.bitmaps:
             bitmap.resize(size)
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Sequence
 from collections.abc import Mapping as Dictionary
-from collections.abc import Sequence
 from typing import Any
 
-from diskwright.core.driver import CheckReport, Format, Info, MeasuredSource, Measurement, OpenContext, Progress, Reservation
+from diskwright.core.driver import (
+    CheckReport,
+    Format,
+    Info,
+    MeasuredSource,
+    Measurement,
+    OpenContext,
+    Progress,
+    Reservation,
+)
 from diskwright.core.leases import Leases
 from diskwright.core.node import Node
 from diskwright.errors import CorruptImage, ImageError, UnsupportedFeature
@@ -172,10 +181,10 @@ class Qcow2(Format):
 
         amend(self, options, force, progress)
 
-    def resize(self, size: int, *, preallocation: str = "off") -> None:
+    def resize(self, size: int, *, preallocation: str = "off", conceal: Callable[[], None] | None = None) -> None:
         from diskwright.formats.qcow2.resize import resize
 
-        resize(self, size, preallocation)
+        resize(self, size, preallocation, conceal)
 
     def check(self, repair: str) -> CheckReport:
         from diskwright.formats.qcow2.check import check
