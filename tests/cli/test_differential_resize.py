@@ -71,7 +71,8 @@ def test_preallocation(kind: str, mode: str, size: str, tmp_path: Path) -> None:
     [
         "", "image", "20M", "image 20M 30M", "-f bogus image 20M", "missing 20M", "image 0", "--shrink image 0",
         "--shrink image -500M", "image 33333333", "-- image -1M", "--shrink -- image -1M", "image -- -1M",
-        "--image-opts driver=qcow2,file.filename=image 50M", "--image-opts -f qcow2 driver=qcow2,file.filename=image 5M",
+        "--image-opts driver=qcow2,file.filename=image 50M",
+        "--image-opts -f qcow2 driver=qcow2,file.filename=image 5M",
         "-p image 20M", "--shrink --preallocation=full image 1M", "--image-opts driver=file,filename=image 50M",
         "--image-opts driver=raw,size=64k,file.driver=file,file.filename=image 1M", "image 1.5G",
     ],

@@ -240,7 +240,7 @@ class MeasuredSource:
 
     size: int
     allocated: Callable[[int], int]
-    """``(unit)``: how many bytes the units of ``unit`` bytes (a power of two) have in which the image holds anything."""
+    """``(unit)``: how many bytes those units of ``unit`` bytes (a power of two) have in which it holds anything."""
     bitmaps: Sequence[tuple[int, str]] | None
     """``(granularity, name)`` of its persistent bitmaps; None when it cannot have any."""
 
@@ -269,6 +269,7 @@ class Format(ABC):
     name: ClassVar[str]
     options: ClassVar[type] = NoOptions
     create_options: ClassVar[type] = NoOptions
+    amend_options: ClassVar[type] = NoOptions
     has_backing: ClassVar[bool] = False
     """Whether UNALLOCATED ranges may be answered by a backing node."""
     suffixes: ClassVar[tuple[str, ...]] = ()
@@ -306,7 +307,7 @@ class Format(ABC):
     @classmethod
     def measure(cls, options: Any, source: MeasuredSource | None) -> Measurement:
         """How large a new image with the create ``options`` will be: an empty one, or a copy of ``source``, whose
-        size ``options.size`` then is. Nothing is created. Raises OptionError or LimitExceeded where ``create`` would."""
+        size ``options.size`` then is. Nothing is created. Raises OptionError or LimitExceeded as ``create`` does."""
         raise not_supported(f"Block driver '{cls.name}' does not support size measurement")
 
     def stored_bitmaps(self) -> Sequence[tuple[int, str]] | None:
@@ -362,10 +363,21 @@ class Format(ABC):
         """
         raise not_supported(f"Format '{self.name}' cannot be resized")
 
-    def amend(self, options: Mapping[str, object], *, force: bool = False, progress: Progress | None = None) -> None:
-        """Changes what was chosen when the image was created. ``options`` are raw values by name, as the user wrote
-        them. Called with no other request in flight. Raises OptionError, with nothing changed, for what cannot be
-        changed; ``force`` allows what may lose access to data. After any error the image is sound."""
+    def amend(
+        self,
+        options: Any,
+        *,
+        resize: Callable[[int], None],
+        force: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """Changes what was chosen when the image was created. ``options`` is an instance of ``amend_options``, in
+        which None stands for what shall stay. Called with no other request in flight.
+
+        ``resize`` changes the size through the node, which knows the backing image. ``force`` allows what may lose
+        access to data. Raises OptionError or UnsupportedFeature for what cannot be changed. What is asked for
+        together is done step by step: after an error any part may have been done, and the image is sound.
+        """
         raise not_supported(f"Format driver '{self.name}' does not support option amendment")
 
     def check(self, repair: str) -> CheckReport:

@@ -31,6 +31,9 @@ Spec = str | Mapping[str, object]
 
 _COMMON = ("driver", "node-name", "read-only", "force-share", "cache")
 
+_DISCARD = {"ignore": False, "off": False, "unmap": True, "on": True}
+_DETECT = opts.OneOf("off", "on", "unmap")
+
 
 @dataclass(frozen=True)
 class Mode:
@@ -105,6 +108,14 @@ class Graph:
         return self._open_options(None, {"filename": spec}, mode, made, above)
 
     def _open_options(
+        self, driver: str | None, options: dict[str, object], mode: Mode, made: list[Node], above: tuple[str, ...]
+    ) -> Node:
+        unmaps, detect_zeroes = _write_policy(options)
+        node = self._open_by_driver(driver, options, mode, made, above)
+        node.unmaps, node.detect_zeroes = unmaps, detect_zeroes
+        return node
+
+    def _open_by_driver(
         self, driver: str | None, options: dict[str, object], mode: Mode, made: list[Node], above: tuple[str, ...]
     ) -> Node:
         mode = _with_own_mode(mode, options)
@@ -496,6 +507,19 @@ def nest(options: Mapping[str, object]) -> dict[str, object]:
             raise OptionError(f"'{head}' cannot be both a value and the beginning of '{key}'")
         inner[rest] = value
     return result
+
+
+def _write_policy(options: dict[str, object]) -> tuple[bool, str]:
+    """``(whether space is given back, whether zeros are looked for)``, taken out of a node's options."""
+    discard = options.pop("discard", "unmap")
+    if not isinstance(discard, str) or discard not in _DISCARD:
+        raise OptionError(f"Invalid discard option: '{discard}'; use one of {', '.join(_DISCARD)}")
+    detect: str = _DETECT.parse("detect-zeroes", options.pop("detect-zeroes", "off"))
+    if detect == "unmap" and not _DISCARD[discard]:
+        raise OptionError(
+            "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap"
+        )
+    return _DISCARD[discard], detect
 
 
 def _own(options: dict[str, object]) -> dict[str, object]:

@@ -18,7 +18,17 @@ from abc import ABC, abstractmethod
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from diskwright.core.driver import FilePlace, Filter, Format, Reservation, Segment, Segments, Storage, not_supported
+from diskwright.core.driver import (
+    FilePlace,
+    Filter,
+    Format,
+    Progress,
+    Reservation,
+    Segment,
+    Segments,
+    Storage,
+    not_supported,
+)
 from diskwright.errors import CorruptImage, GraphError
 from diskwright.extents import DATA, SPECIAL, UNALLOCATED, ZERO, Extent, Extents
 from diskwright.units import MiB
@@ -44,6 +54,10 @@ class Node(ABC):
     def __init__(self, name: str, driver_name: str, filename: str, writable: bool) -> None:
         self.name, self.driver_name, self.filename, self.writable = name, driver_name, filename, writable
         self.bitmaps: tuple[DirtyBitmap, ...] = ()
+        self.unmaps = True
+        """Whether discards are carried out, and zeros may give space back (option ``discard``)."""
+        self.detect_zeroes = "off"
+        """Whether writes of nothing but zeros become zeros on the map: off, on, or unmap (space is given back)."""
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name} {self.driver_name} {self.filename!r}>"
@@ -121,10 +135,11 @@ class Node(ABC):
 
     def writev(self, segments: Segments) -> None:
         """Writes every buffer, in order. When it raises, any part may have been written."""
+        write = self._writev if self.detect_zeroes == "off" else self._write_detecting
         if not self.bitmaps:
-            return self._writev(segments)
+            return write(segments)
         try:
-            return self._writev(segments)
+            return write(segments)
         finally:
             for bitmap in self.bitmaps:
                 bitmap.set_segments(segments)
@@ -133,12 +148,14 @@ class Node(ABC):
         """Makes the whole range read as zeros. ``unmap`` lets space be given back; ``fast`` raises ENOTSUP
         rather than write zeros out."""
         try:
-            self._write_zeros(offset, length, unmap, fast)
+            self._write_zeros(offset, length, unmap and self.unmaps, fast)
         finally:
             self._mark(offset, length)
 
     def discard(self, offset: int, length: int) -> None:
         """The range's contents no longer matter; space may be given back. Never fails for want of support."""
+        if not self.unmaps:
+            return
         try:
             self._discard(offset, length)
         except OSError as error:
@@ -176,6 +193,24 @@ class Node(ABC):
     def _mark(self, offset: int, length: int) -> None:
         for bitmap in self.bitmaps:
             bitmap.set(offset, length)
+
+    def _write_detecting(self, segments: Segments) -> None:
+        """Writes in which segments of zeros are told as zeros."""
+        import numpy as np
+
+        unmap, pending = self.detect_zeroes == "unmap" and self.unmaps, []
+        for segment in segments:
+            offset, buffer = segment
+            # The ends first: most data has something there.
+            if buffer[0] or buffer[-1] or np.frombuffer(buffer, np.uint8).any():
+                pending.append(segment)
+                continue
+            if pending:  # before this one: two writes of a batch to one place must land in their order
+                self._writev(pending)
+                pending = []
+            self._write_zeros(offset, len(buffer), unmap, False)
+        if pending:
+            self._writev(pending)
 
     def _write_out_zeros(self, offset: int, length: int) -> None:
         end = offset + length
@@ -298,6 +333,10 @@ class FormatNode(Node):
             self.format.resize(size, preallocation=preallocation)
         for bitmap in self.bitmaps:
             bitmap.resize(size)
+
+    def amend(self, options: object, *, force: bool = False, progress: Progress | None = None) -> None:
+        """See ``Format.amend``."""
+        self.format.amend(options, resize=self.resize, force=force, progress=progress)
 
     def close(self) -> None:
         self.format.close()

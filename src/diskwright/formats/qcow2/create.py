@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from diskwright.core.leases import Leases
 from diskwright.errors import LimitExceeded, OptionError
 from diskwright.formats.qcow2 import header as fields
+from diskwright.formats.qcow2.caches import budgets
 from diskwright.formats.qcow2.header import Header, feature_table
 from diskwright.formats.qcow2.layout import MAX_CLUSTER_BITS, MAX_L1_BYTES, MIN_CLUSTER_BITS
 from diskwright.formats.qcow2.options import Qcow2CreateOptions, Qcow2Options
@@ -112,8 +113,9 @@ def _grow(file: Node, header: Header, size: int, preallocation: str) -> None:
     options = Qcow2Options()
     leases = Leases()
     image = Qcow2(file, header, options, leases)
-    refcounts = Refcounts(file, header, options.cache_size // 4)
-    image.writer = Writer(file, header, image.mapping, refcounts, leases, options.cache_size // 4)
+    shares = budgets(options, writable=True)
+    refcounts = Refcounts(file, header, shares.refcounts)
+    image.writer = Writer(file, header, image.mapping, refcounts, leases, shares.places)
     resize(image, size, preallocation=preallocation)
     image.close()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from collections.abc import Mapping as Dictionary
 from typing import Any
 
 from diskwright.core.driver import (
@@ -22,11 +21,12 @@ from diskwright.core.node import Node
 from diskwright.errors import CorruptImage, ImageError, UnsupportedFeature
 from diskwright.extents import Extent, Extents
 from diskwright.formats.qcow2 import header as fields
+from diskwright.formats.qcow2.caches import Cleaner, budgets, check_options
 from diskwright.formats.qcow2.compressed import Decoder
 from diskwright.formats.qcow2.header import Header, read_header
 from diskwright.formats.qcow2.layout import MAGIC
 from diskwright.formats.qcow2.mapping import Mapping
-from diskwright.formats.qcow2.options import Qcow2CreateOptions, Qcow2Options
+from diskwright.formats.qcow2.options import Qcow2AmendOptions, Qcow2CreateOptions, Qcow2Options
 from diskwright.formats.qcow2.refcounts import Refcounts
 from diskwright.formats.qcow2.writing import Writer
 
@@ -42,6 +42,7 @@ class Qcow2(Format):
     name = "qcow2"
     options = Qcow2Options
     create_options = Qcow2CreateOptions
+    amend_options = Qcow2AmendOptions
     has_backing = True
     suffixes = (".qcow2", ".qcow")
 
@@ -50,6 +51,7 @@ class Qcow2(Format):
         self.children = (file,)
         self._options, self._leases = options, leases
         self.writer: Writer | None = None
+        self._cleaner: Cleaner | None = None
         self._set_up(header)
 
     def _set_up(self, header: Header) -> None:
@@ -58,8 +60,9 @@ class Qcow2(Format):
         self.header = header
         self.size, self.backing = header.size, header.backing
         self.cluster_size = 1 << header.cluster_bits
-        # A writer needs half of it: a quarter for refcounts, another for places it knows it may write to.
-        self.mapping = Mapping(file, header, options.cache_size // (1 if self._leases is None else 2))
+        check_options(options, self.cluster_size)
+        self._budgets = budgets(options, writable=self._leases is not None)
+        self.mapping = Mapping(file, header, self._budgets.l2)
         self._decoder = Decoder(file.filename, header.compression, self.cluster_size)
         # The look-ups go straight to where they are answered: they are the hot path.
         self.extent_at = self.mapping.extent_at  # type: ignore[method-assign]
@@ -82,6 +85,8 @@ class Qcow2(Format):
         image = cls(context.file, header, options, context.leases if context.writable else None)
         if context.writable:
             image._begin_writing()
+        if options.cache_clean_interval:
+            image._cleaner = Cleaner(options.cache_clean_interval, image.clean_caches)
         return image
 
     def _begin_writing(self) -> None:
@@ -104,9 +109,11 @@ class Qcow2(Format):
 
     def _start_writer(self) -> None:
         assert self._leases is not None
-        file, header, cache = self.children[0], self.header, self._options.cache_size
-        refcounts = Refcounts(file, header, cache // 4)
-        self.writer = Writer(file, header, self.mapping, refcounts, self._leases, cache // 4)
+        file, header, options = self.children[0], self.header, self._options
+        refcounts = Refcounts(file, header, self._budgets.refcounts)
+        self.writer = Writer(file, header, self.mapping, refcounts, self._leases, self._budgets.places)
+        self.writer.pass_requests, self.writer.pass_others = options.pass_discard_request, options.pass_discard_other
+        self.writer.keeps_places = options.discard_no_unref
         if not self._options.repair:
             self.in_place = self.writer.in_place  # type: ignore[method-assign]
 
@@ -175,11 +182,16 @@ class Qcow2(Format):
         return stored_bitmaps(self.children[0], self.header)
 
     def amend(
-        self, options: Dictionary[str, object], *, force: bool = False, progress: Progress | None = None
+        self,
+        options: Qcow2AmendOptions,
+        *,
+        resize: Callable[[int], None],
+        force: bool = False,
+        progress: Progress | None = None,
     ) -> None:
         from diskwright.formats.qcow2.amend import amend
 
-        amend(self, options, force, progress)
+        amend(self, options, resize, progress)
 
     def resize(self, size: int, *, preallocation: str = "off", conceal: Callable[[], None] | None = None) -> None:
         from diskwright.formats.qcow2.resize import resize
@@ -213,7 +225,15 @@ class Qcow2(Format):
         # Preallocated clusters show what the storage held before, where that is not zeros.
         return self.children[0].zero_init or not any(self.mapping.l1)
 
+    def clean_caches(self) -> None:
+        """Gives up cached tables that have not been used since the call before this one."""
+        self.mapping.l2.age()
+        if self.writer is not None:
+            self.writer.clean_caches()
+
     def close(self) -> None:
+        if self._cleaner is not None:
+            self._cleaner.stop()
         if self.writer is not None:
             self.writer.close()
 
