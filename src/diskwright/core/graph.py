@@ -29,7 +29,9 @@ from diskwright.units import MAX_CHAIN
 
 Spec = str | Mapping[str, object]
 
-_COMMON = ("driver", "node-name", "read-only", "force-share", "cache")
+_COMMON = ("driver", "node-name", "read-only", "force-share", "cache", "discard", "detect-zeroes")
+
+_NOT_STORAGES = ("driver", "node-name", "read-only", "discard", "detect-zeroes")
 
 _DISCARD = {"ignore": False, "off": False, "unmap": True, "on": True}
 _DETECT = opts.OneOf("off", "on", "unmap")
@@ -158,7 +160,7 @@ class Graph:
     def _open_storage(
         self, cls: type[Storage], options: dict[str, object], mode: Mode, made: list[Node], *, holds_format: bool
     ) -> Node:
-        own = {key: value for key, value in options.items() if key not in ("driver", "node-name", "read-only")}
+        own = {key: value for key, value in options.items() if key not in _NOT_STORAGES}
         known = {info.name for info in opts.describe(cls.options)}
         if mode.cache is not None and "cache" in known:
             own.setdefault("cache", mode.cache)
@@ -200,7 +202,10 @@ class Graph:
         given = {role: options.pop(role) for role in roles}
         opener = self._reference_opener(file, given, mode, made, above)
         context = OpenContext(file, self.leases, opener, mode.writable)
-        form = cls.open(context, opts.parse(cls.options, _own(options), owner=cls.name))
+        own = _own(options)
+        if "pass-discard-request" in {info.name for info in opts.describe(cls.options)}:
+            own.setdefault("pass-discard-request", _write_policy(options)[0])
+        form = cls.open(context, opts.parse(cls.options, own, owner=cls.name))
         node = FormatNode(self._name(options), form, mode.writable)
         self._add(node, made)
         for child in form.children:
@@ -510,11 +515,11 @@ def nest(options: Mapping[str, object]) -> dict[str, object]:
 
 
 def _write_policy(options: dict[str, object]) -> tuple[bool, str]:
-    """``(whether space is given back, whether zeros are looked for)``, taken out of a node's options."""
-    discard = options.pop("discard", "unmap")
+    """``(whether space is given back, whether zeros are looked for)``, from a node's options."""
+    discard = options.get("discard", "unmap")
     if not isinstance(discard, str) or discard not in _DISCARD:
         raise OptionError(f"Invalid discard option: '{discard}'; use one of {', '.join(_DISCARD)}")
-    detect: str = _DETECT.parse("detect-zeroes", options.pop("detect-zeroes", "off"))
+    detect: str = _DETECT.parse("detect-zeroes", options.get("detect-zeroes", "off"))
     if detect == "unmap" and not _DISCARD[discard]:
         raise OptionError(
             "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap"

@@ -55,7 +55,7 @@ class Node(ABC):
         self.name, self.driver_name, self.filename, self.writable = name, driver_name, filename, writable
         self.bitmaps: tuple[DirtyBitmap, ...] = ()
         self.unmaps = True
-        """Whether discards are carried out, and zeros may give space back (option ``discard``)."""
+        """Whether discards are carried out, and a storage's space is given back for zeros (option ``discard``)."""
         self.detect_zeroes = "off"
         """Whether writes of nothing but zeros become zeros on the map: off, on, or unmap (space is given back)."""
 
@@ -148,7 +148,7 @@ class Node(ABC):
         """Makes the whole range read as zeros. ``unmap`` lets space be given back; ``fast`` raises ENOTSUP
         rather than write zeros out."""
         try:
-            self._write_zeros(offset, length, unmap and self.unmaps, fast)
+            self._write_zeros(offset, length, unmap, fast)
         finally:
             self._mark(offset, length)
 
@@ -198,7 +198,7 @@ class Node(ABC):
         """Writes in which segments of zeros are told as zeros."""
         import numpy as np
 
-        unmap, pending = self.detect_zeroes == "unmap" and self.unmaps, []
+        unmap, pending = self.detect_zeroes == "unmap", []
         for segment in segments:
             offset, buffer = segment
             # The ends first: most data has something there.
@@ -270,7 +270,7 @@ class StorageNode(Node):
 
     def _write_zeros(self, offset: int, length: int, unmap: bool, fast: bool) -> None:
         try:
-            self.storage.write_zeros(offset, length, unmap=unmap, fast=fast)
+            self.storage.write_zeros(offset, length, unmap=unmap and self.unmaps, fast=fast)
         except OSError as error:
             if fast or error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
                 raise
