@@ -1,4 +1,4 @@
-"""bench check: checking and mapping an image that is nothing but tables, and how long a command takes to start."""
+"""bench check: checking, mapping and measuring an image that is nothing but tables, and how long a command takes to start."""
 
 from __future__ import annotations
 
@@ -29,10 +29,15 @@ def run(settings: Settings, folder: str, report: Report) -> None:
         say(f"check: making the tables of a disk of {settings.table_disk >> 30} GiB")
         images.tables_only(large, settings.table_disk)
         images.empty_qcow2(small, 1 << 30)
+        scattered = os.path.join(place, "scattered.qcow2")
+        images.scattered(scattered, settings.table_disk // 10)
         flush(large)
         tasks = {
             "check": (large, ["check"], settings.rounds),
             "map": (large, ["map", "--output=json"], settings.rounds),
+            "measure": (large, ["measure", "-O", "qcow2"], settings.rounds),
+            "map, scattered": (scattered, ["map", "--output=json"], settings.rounds),
+            "measure, scattered": (scattered, ["measure", "-O", "qcow2"], settings.rounds),
             "info": (small, ["info"], settings.start_rounds),
         }
         results = {}
@@ -66,7 +71,7 @@ def _tabulate(settings: Settings, results: dict[str, dict[str, Series]], report:
         records.append(_record(task, found, speed))
     head = ["milliseconds", *names, "speed to qemu-img", "qemu CPU", "our CPU", "qemu memory", "our memory"]
     size = settings.table_disk >> 30
-    report.table(table(f"check and map of a fully allocated qcow2 of {size} GiB; info of a small one", head, rows))
+    report.table(table(f"check, map, measure: a fully allocated qcow2 of {size} GiB; every other cluster of {size // 10}; info", head, rows))
     report.add("check", records)
 
 
