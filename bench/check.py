@@ -1,4 +1,5 @@
-"""bench check: checking, mapping and measuring an image that is nothing but tables, and how long a command takes to start."""
+"""bench check: checking, mapping and measuring images that are nothing but tables, and how long a command takes to
+start."""
 
 from __future__ import annotations
 
@@ -71,7 +72,8 @@ def _tabulate(settings: Settings, results: dict[str, dict[str, Series]], report:
         records.append(_record(task, found, speed))
     head = ["milliseconds", *names, "speed to qemu-img", "qemu CPU", "our CPU", "qemu memory", "our memory"]
     size = settings.table_disk >> 30
-    report.table(table(f"check, map, measure: a fully allocated qcow2 of {size} GiB; every other cluster of {size // 10}; info", head, rows))
+    title = f"check, map, measure: a fully allocated qcow2 of {size} GiB, or every other cluster of {size // 10}; info"
+    report.table(table(title, head, rows))
     report.add("check", records)
 
 

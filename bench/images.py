@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import struct
 import stat
+import struct
 from typing import Final
 
 from tests.peers.process import run

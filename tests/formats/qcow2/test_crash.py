@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from diskwright.core.node import StorageNode
 from tests.formats.qcow2.support import (
     LONG,
     Change,
@@ -16,6 +17,7 @@ from tests.formats.qcow2.support import (
     checked,
     contents,
     created,
+    header_of,
     qemu,
     qemu_check,
 )
@@ -217,3 +219,42 @@ def test_crash_while_shrinking(seed: int) -> None:
         report = checked(data)
         assert not report.corruptions and not report.check_errors, (position, report.messages)
         assert contents(data)[: 100 << 10] == before
+
+
+@pytest.mark.parametrize("compat", ["0.10", "1.1"])
+def test_crash_while_an_overlay_grows(compat: str) -> None:
+    """What a longer backing image has beyond the old end never comes into sight."""
+    start = created(size=30 << 10, cluster_size=4096, compat=compat, backing_file="b", backing_fmt="raw")
+    secret = b"secret.." * (16 << 10)
+    tape = Tape(start)
+    with _overlay(tape, secret) as image:
+        image.node.resize(200 << 10)
+        assert image.disk.pread(0, 200 << 10) == secret[: 30 << 10] + bytes(170 << 10)
+    chance = random.Random(1)
+    sizes = set()
+    for position in range(len(tape.changes) + 1):
+        data = after_crash(start, tape.changes, position, chance)
+        assert not checked(data).corruptions, position
+        with _overlay(Tape(data), secret) as image:
+            sizes.add(image.disk.size)
+            assert image.disk.pread(0, image.disk.size) == (secret[: 30 << 10]).ljust(image.disk.size, b"\0"), position
+    assert sizes == {30 << 10, 200 << 10}
+    for step in range(len(tape.changes)):
+        torn = Tape(start)
+        with _overlay(torn, secret) as image:
+            torn.fail = step
+            with pytest.raises(OSError, match="the tape is torn"):
+                image.node.resize(200 << 10)
+                image.node.flush()
+            torn.fail = -1
+            image.node.resize(200 << 10)
+            assert image.disk.pread(0, 200 << 10) == secret[: 30 << 10] + bytes(170 << 10)
+        report = checked(bytes(torn.data))
+        assert not report.corruptions and header_of(bytes(torn.data)).size == 200 << 10
+
+
+def _overlay(tape: Tape, backing: bytes) -> Image:
+    below = StorageNode("below", Tape(backing), False)
+    image = Image(tape, backing=below)
+    image.graph.adopt(below)
+    return image

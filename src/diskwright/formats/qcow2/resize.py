@@ -72,15 +72,14 @@ def _grow(image: Qcow2, writer: Writer, size: int, l1_entries: int, conceal: Cal
         _zero_tail(image, writer)
     if l1_entries > len(writer.map.l1):
         grow_l1(writer, l1_entries)
-    if conceal is not None:
-        image.size = writer.size = size  # here in memory; in the file only when nothing wrong can be seen there
-        try:
+    try:
+        if conceal is not None:
+            image.size = writer.size = size  # here in memory; in the file only when nothing wrong can be seen there
             conceal()
-            writer.checkpoint()
-        except BaseException:
-            image.size = writer.size = old
-            raise
-    writer.checkpoint()
+        writer.checkpoint()
+    except BaseException:
+        image.size = writer.size = old
+        raise
     _set_size(image, writer, size)
 
 
