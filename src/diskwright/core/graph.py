@@ -521,9 +521,7 @@ def _write_policy(options: dict[str, object]) -> tuple[bool, str]:
         raise OptionError(f"Invalid discard option: '{discard}'; use one of {', '.join(_DISCARD)}")
     detect: str = _DETECT.parse("detect-zeroes", options.get("detect-zeroes", "off"))
     if detect == "unmap" and not _DISCARD[discard]:
-        raise OptionError(
-            "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap"
-        )
+        raise OptionError("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")
     return _DISCARD[discard], detect
 
 

@@ -33,9 +33,7 @@ _AT_COMPATIBLE: Final = 80
 _SNAPSHOT: Final = struct.Struct(">QIHHIIQII")
 
 
-def amend(
-    image: Qcow2, options: Qcow2AmendOptions, resize: Callable[[int], None], progress: Progress | None
-) -> None:
+def amend(image: Qcow2, options: Qcow2AmendOptions, resize: Callable[[int], None], progress: Progress | None) -> None:
     """See ``Format.amend``. An upgrade comes first and a downgrade last, so that what is in between is possible."""
     if image.writer is None:
         raise ImageError(f"{image.children[0].filename}: is open read-only")
