@@ -1,4 +1,5 @@
-"""bench check: checking and mapping an image that is nothing but tables, and how long a command takes to start."""
+"""bench check: checking, mapping and measuring images that are nothing but tables, and how long a command takes to
+start."""
 
 from __future__ import annotations
 
@@ -30,6 +31,8 @@ def run(settings: Settings, folder: str, report: Report) -> None:
         say(f"check: making the tables of a disk of {settings.table_disk >> 30} GiB")
         images.tables_only(large, settings.table_disk)
         images.empty_qcow2(small, 1 << 30)
+        scattered = os.path.join(place, "scattered.qcow2")
+        images.scattered(scattered, settings.table_disk // 10)
         flush(large)
         say(f"check: making one of {settings.table_disk // 10 >> 30} GiB in random order")
         images.tables_only(fragmented, settings.table_disk // 10 & -(1 << 30))
@@ -39,9 +42,12 @@ def run(settings: Settings, folder: str, report: Report) -> None:
             "check": (large, ["check"], settings.rounds),
             "map, json": (large, ["map", "--output=json"], settings.rounds),
             "map": (large, ["map"], settings.rounds),
+            "measure": (large, ["measure", "-O", "qcow2"], settings.rounds),
             "check, fragmented": (fragmented, ["check"], settings.rounds),
             "map, json, fragmented": (fragmented, ["map", "--output=json"], settings.rounds),
             "map, fragmented": (fragmented, ["map"], settings.rounds),
+            "map, json, scattered": (scattered, ["map", "--output=json"], settings.rounds),
+            "measure, scattered": (scattered, ["measure", "-O", "qcow2"], settings.rounds),
             "info": (small, ["info"], settings.start_rounds),
         }
         results = {}
@@ -75,13 +81,11 @@ def _tabulate(settings: Settings, results: dict[str, dict[str, Series]], report:
         records.append(_record(task, found, speed))
     head = ["milliseconds", *names, "speed to qemu-img", "qemu CPU", "our CPU", "qemu memory", "our memory"]
     size = settings.table_disk >> 30
-    report.table(
-        table(
-            f"check and map of a full qcow2 of {size} GiB, and of one of a tenth in random order; info",
-            head,
-            rows,
-        )
+    title = (
+        f"check, map, measure: a full qcow2 of {size} GiB, one of a tenth in random order (fragmented), one of a tenth "
+        "with every other cluster (scattered); info"
     )
+    report.table(table(title, head, rows))
     report.add("check", records)
 
 

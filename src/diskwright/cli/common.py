@@ -40,6 +40,9 @@ class UsageError(Failure):
 class Parser(argparse.ArgumentParser):
     """argparse with this program's way of failing, and options and operands in any order."""
 
+    last_is_operand = False
+    """Whether the last word is an operand whatever it looks like: sizes may begin with a hyphen."""
+
     def __init__(self, *, prog: str = PROGRAM, description: str | None = None) -> None:
         super().__init__(prog=prog, description=description, formatter_class=_formatter)
 
@@ -49,22 +52,18 @@ class Parser(argparse.ArgumentParser):
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """The parsed command line; what follows ``--`` is never taken for an option."""
         words = list(arguments)
+        if self.last_is_operand and words and words[-1] not in ("-h", "--help"):
+            words[-1] = _MARK + words[-1]
         if not any(word.startswith(("-h", "--h")) for word in words):
             # Else argparse formats a usage text nobody will see, and loads four modules to learn its width.
             self.usage = argparse.SUPPRESS
         if "--" not in words:
-            return self.parse_intermixed_args(words)
+            return _unmarked(self.parse_intermixed_args(words))
         # argparse's own treatment of "--" differs from one Python version to the next, so it never sees it:
         # later words that look like options are marked with a character no command line can hold.
         cut = words.index("--")
         rest = [_MARK + word if word.startswith("-") else word for word in words[cut + 1 :]]
-        args = self.parse_intermixed_args(words[:cut] + rest)
-        for name, value in vars(args).items():
-            if isinstance(value, list):
-                setattr(args, name, [_unmark(item) for item in value])
-            else:
-                setattr(args, name, _unmark(value))
-        return args
+        return _unmarked(self.parse_intermixed_args(words[:cut] + rest))
 
 
 def _formatter(prog: str) -> argparse.HelpFormatter:
@@ -78,6 +77,15 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 
 
 _MARK: Final = "\0"
+
+
+def _unmarked(args: argparse.Namespace) -> argparse.Namespace:
+    for name, value in vars(args).items():
+        if isinstance(value, list):
+            setattr(args, name, [_unmark(item) for item in value])
+        else:
+            setattr(args, name, _unmark(value))
+    return args
 
 
 def _unmark(value: object) -> object:
@@ -266,6 +274,15 @@ def open_image(
         # Many of our own messages begin with the name that has just been told.
         reason = opening_error(error).removeprefix(f"{name}: ")
         raise Failure(f"Could not open '{name}': {reason}", code) from error
+
+
+def warn_guessed_raw(name: str, node: Node, format: str | None, image_opts: bool) -> None:
+    """Says that an image to be changed was taken for raw only because nothing else fits."""
+    import sys
+
+    if format is None and not image_opts and node.driver_name == "raw" and not name.startswith("json:"):
+        text = f"the format of '{name}' was not given and was guessed to be raw; give it with -f raw"
+        print(f"{PROGRAM}: warning: {text}", file=sys.stderr)
 
 
 def guest_size(node: Node) -> int:

@@ -152,12 +152,16 @@ def describe_options(format: str, filename: str | None) -> str:
                 rows.setdefault(info.name, info)
     of = "" if filename is not None else f" {format}"
     lines = [f"Supported{of} options:"]
-    for name in sorted(rows):
-        label = f"  {name.replace('-', '_')}=<{_kind(rows[name])}>"
-        lines.append(f"{label:<24} - {rows[name].help}")
+    lines += option_lines(rows)
     if filename is None:
         lines += ["", "What holds the image may have options too: name the image to see them."]
     return "\n".join(lines) + "\n"
+
+
+def option_lines(rows: Mapping[str, OptionInfo]) -> list[str]:
+    """One line an option, in the order of their names."""
+    labels = {name: f"  {name.replace('-', '_')}=<{_kind(info)}>" for name, info in rows.items()}
+    return [f"{labels[name]:<24} - {rows[name].help}" for name in sorted(rows)]
 
 
 def _kind(info: OptionInfo) -> str:

@@ -18,10 +18,6 @@ if TYPE_CHECKING:
 SUMMARY: Final = "list where the bytes of an image are"
 
 
-_PREALLOCATING: Final = ("qcow2",)
-"""Formats whose data clusters may be holes of the file: taken in advance, and not written since."""
-
-
 class Row(NamedTuple):
     """One line of the map. ``place`` is where the bytes are in ``filename``, or -1."""
 
@@ -212,17 +208,9 @@ class _Files:
 
     @staticmethod
     def _look(node: Node) -> tuple[Node, bool]:
-        from diskwright.core.node import FormatNode, StorageNode
+        from diskwright.core.node import FormatNode
+        from diskwright.core.status import may_have_holes
 
         if not isinstance(node, FormatNode):
             return node, False
-        file, image = node.format.children[node.format.data_child], node.format.children[0]
-        if node.driver_name not in _PREALLOCATING or not isinstance(image, StorageNode):
-            return file, False
-        space = image.storage.allocated_size()
-        if space is None:
-            return file, False
-        # An image whose clusters were taken in advance has a file of which much is holes. Only then are they
-        # looked for, as qemu-img does it too: elsewhere it would take time and find next to nothing.
-        clusters, in_use = -(-image.size // node.cluster_size), space // node.cluster_size
-        return file, clusters >= max(in_use * 10 // 9, in_use + 2)
+        return node.format.children[node.format.data_child], may_have_holes(node)

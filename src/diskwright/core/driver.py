@@ -36,6 +36,9 @@ Segment = tuple[int, memoryview]
 
 Segments = Sequence[Segment]
 
+Progress = Callable[[int, int], None]
+"""Called with ``(done, all)`` of a long operation, in units of its own."""
+
 
 def not_supported(what: str) -> OSError:
     """The error for "not this way": an OSError with ENOTSUP."""
@@ -228,6 +231,28 @@ class Info:
     """``format-specific`` data, in the order it is to be shown."""
 
 
+class Measurement(NamedTuple):
+    """How long the file of a new image will be, in bytes. The names are those of ``qemu-img measure``."""
+
+    required: int
+    """With what it is to hold from the beginning."""
+    fully_allocated: int
+    """Once every cluster of the disk has been written to."""
+    bitmaps: int | None = None
+    """What the source's persistent bitmaps would take on top; None when they have no place in such an image."""
+
+
+@dataclass(frozen=True)
+class MeasuredSource:
+    """What ``Format.measure`` is told of an image that is to be copied. Sizes in bytes."""
+
+    size: int
+    allocated: Callable[[int], int]
+    """``(unit)``: how many bytes those units of ``unit`` bytes (a power of two) have in which it holds anything."""
+    bitmaps: Sequence[tuple[int, str]] | None
+    """``(granularity, name)`` of its persistent bitmaps; None when it cannot have any."""
+
+
 @dataclass(frozen=True)
 class OpenContext:
     """What a format is handed when it is opened."""
@@ -256,6 +281,7 @@ class Format(ABC):
     name: ClassVar[str]
     options: ClassVar[type] = NoOptions
     create_options: ClassVar[type] = NoOptions
+    amend_options: ClassVar[type] = NoOptions
     has_backing: ClassVar[bool] = False
     """Whether UNALLOCATED ranges may be answered by a backing node."""
     suffixes: ClassVar[tuple[str, ...]] = ()
@@ -303,6 +329,16 @@ class Format(ABC):
         """``create`` with the further files that ``create_parts`` asked for, by role."""
         cls.create(file, options)
 
+    @classmethod
+    def measure(cls, options: Any, source: MeasuredSource | None) -> Measurement:
+        """How large a new image with the create ``options`` will be: an empty one, or a copy of ``source``, whose
+        size ``options.size`` then is. Nothing is created. Raises OptionError or LimitExceeded as ``create`` does."""
+        raise not_supported(f"Block driver '{cls.name}' does not support size measurement")
+
+    def stored_bitmaps(self) -> Sequence[tuple[int, str]] | None:
+        """``(granularity, name)`` of the persistent bitmaps the image holds; None when it cannot hold any."""
+        return None
+
     @abstractmethod
     def extent_at(self, offset: int, length: int) -> Extent:
         """The first run at ``offset``, at most ``length`` long, with as much as is contiguous at little cost.
@@ -344,9 +380,30 @@ class Format(ABC):
         for child in self.children:
             child.flush()
 
-    def resize(self, size: int, *, preallocation: str = "off") -> None:
-        """Sets the guest's size; new bytes read as zeros. Called with no other request in flight."""
+    def resize(self, size: int, *, preallocation: str = "off", conceal: Callable[[], None] | None = None) -> None:
+        """Sets the guest's size; new bytes read as zeros. Called with no other request in flight.
+
+        ``conceal`` is given when a backing image has something where the new bytes are: it writes zeros over that,
+        and is to be called when they can be written to and before the new size is in the file.
+        """
         raise not_supported(f"Format '{self.name}' cannot be resized")
+
+    def amend(
+        self,
+        options: Any,
+        *,
+        resize: Callable[[int], None],
+        force: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """Changes what was chosen when the image was created. ``options`` is an instance of ``amend_options``, in
+        which None stands for what shall stay. Called with no other request in flight.
+
+        ``resize`` changes the size through the node, which knows the backing image. ``force`` allows what may lose
+        access to data. Raises OptionError or UnsupportedFeature for what cannot be changed. What is asked for
+        together is done step by step: after an error any part may have been done, and the image is sound.
+        """
+        raise not_supported(f"Format driver '{self.name}' does not support option amendment")
 
     def check(self, repair: str) -> CheckReport:
         """Looks for damage and, when ``repair`` is ``leaks`` or ``all``, mends what it can. Called with no

@@ -29,7 +29,12 @@ from diskwright.units import MAX_CHAIN
 
 Spec = str | Mapping[str, object]
 
-_COMMON = ("driver", "node-name", "read-only", "force-share", "cache")
+_COMMON = ("driver", "node-name", "read-only", "force-share", "cache", "discard", "detect-zeroes")
+
+_NOT_STORAGES = ("driver", "node-name", "read-only", "discard", "detect-zeroes")
+
+_DISCARD = {"ignore": False, "off": False, "unmap": True, "on": True}
+_DETECT = opts.OneOf("off", "on", "unmap")
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,14 @@ class Graph:
     def _open_options(
         self, driver: str | None, options: dict[str, object], mode: Mode, made: list[Node], above: tuple[str, ...]
     ) -> Node:
+        unmaps, detect_zeroes = _write_policy(options)
+        node = self._open_by_driver(driver, options, mode, made, above)
+        node.unmaps, node.detect_zeroes = unmaps, detect_zeroes
+        return node
+
+    def _open_by_driver(
+        self, driver: str | None, options: dict[str, object], mode: Mode, made: list[Node], above: tuple[str, ...]
+    ) -> Node:
         mode = _with_own_mode(mode, options)
         if driver is None:
             file = self._open_file(options, mode, made, above)
@@ -151,7 +164,7 @@ class Graph:
     def _open_storage(
         self, cls: type[Storage], options: dict[str, object], mode: Mode, made: list[Node], *, holds_format: bool
     ) -> Node:
-        own = {key: value for key, value in options.items() if key not in ("driver", "node-name", "read-only")}
+        own = {key: value for key, value in options.items() if key not in _NOT_STORAGES}
         known = {info.name for info in opts.describe(cls.options)}
         if mode.cache is not None and "cache" in known:
             own.setdefault("cache", mode.cache)
@@ -195,7 +208,10 @@ class Graph:
         given = {role: options.pop(role) for role in roles}
         opener = self._reference_opener(file, given, mode, made, above)
         context = OpenContext(file, self.leases, opener, mode.writable, frozenset(given), mode.guest_data)
-        form = cls.open(context, opts.parse(cls.options, _own(options), owner=cls.name))
+        own = _own(options)
+        if "pass-discard-request" in {info.name for info in opts.describe(cls.options)}:
+            own.setdefault("pass-discard-request", _write_policy(options)[0])
+        form = cls.open(context, opts.parse(cls.options, own, owner=cls.name))
         node = FormatNode(self._name(options), form, mode.writable)
         self._add(node, made)
         for child in form.children:
@@ -502,6 +518,17 @@ def nest(options: Mapping[str, object]) -> dict[str, object]:
             raise OptionError(f"'{head}' cannot be both a value and the beginning of '{key}'")
         inner[rest] = value
     return result
+
+
+def _write_policy(options: dict[str, object]) -> tuple[bool, str]:
+    """``(whether space is given back, whether zeros are looked for)``, from a node's options."""
+    discard = options.get("discard", "unmap")
+    if not isinstance(discard, str) or discard not in _DISCARD:
+        raise OptionError(f"Invalid discard option: '{discard}'; use one of {', '.join(_DISCARD)}")
+    detect: str = _DETECT.parse("detect-zeroes", options.get("detect-zeroes", "off"))
+    if detect == "unmap" and not _DISCARD[discard]:
+        raise OptionError("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")
+    return _DISCARD[discard], detect
 
 
 def _own(options: dict[str, object]) -> dict[str, object]:

@@ -15,9 +15,20 @@ from __future__ import annotations
 
 import errno
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from diskwright.core.driver import FilePlace, Filter, Format, Reservation, Segment, Segments, Storage, not_supported
+from diskwright.core.driver import (
+    FilePlace,
+    Filter,
+    Format,
+    Progress,
+    Reservation,
+    Segment,
+    Segments,
+    Storage,
+    not_supported,
+)
 from diskwright.errors import CorruptImage, GraphError
 from diskwright.extents import DATA, SPECIAL, UNALLOCATED, ZERO, Extent, Extents
 from diskwright.units import MiB
@@ -43,6 +54,10 @@ class Node(ABC):
     def __init__(self, name: str, driver_name: str, filename: str, writable: bool) -> None:
         self.name, self.driver_name, self.filename, self.writable = name, driver_name, filename, writable
         self.bitmaps: tuple[DirtyBitmap, ...] = ()
+        self.unmaps = True
+        """Whether discards are carried out, and a storage's space is given back for zeros (option ``discard``)."""
+        self.detect_zeroes = "off"
+        """Whether writes of nothing but zeros become zeros on the map: off, on, or unmap (space is given back)."""
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name} {self.driver_name} {self.filename!r}>"
@@ -120,10 +135,11 @@ class Node(ABC):
 
     def writev(self, segments: Segments) -> None:
         """Writes every buffer, in order. When it raises, any part may have been written."""
+        write = self._writev if self.detect_zeroes == "off" else self._write_detecting
         if not self.bitmaps:
-            return self._writev(segments)
+            return write(segments)
         try:
-            return self._writev(segments)
+            return write(segments)
         finally:
             for bitmap in self.bitmaps:
                 bitmap.set_segments(segments)
@@ -138,6 +154,8 @@ class Node(ABC):
 
     def discard(self, offset: int, length: int) -> None:
         """The range's contents no longer matter; space may be given back. Never fails for want of support."""
+        if not self.unmaps:
+            return
         try:
             self._discard(offset, length)
         except OSError as error:
@@ -175,6 +193,24 @@ class Node(ABC):
     def _mark(self, offset: int, length: int) -> None:
         for bitmap in self.bitmaps:
             bitmap.set(offset, length)
+
+    def _write_detecting(self, segments: Segments) -> None:
+        """Writes in which segments of zeros are told as zeros."""
+        import numpy as np
+
+        unmap, pending = self.detect_zeroes == "unmap", []
+        for segment in segments:
+            offset, buffer = segment
+            # The ends first: most data has something there.
+            if buffer[0] or buffer[-1] or np.frombuffer(buffer, np.uint8).any():
+                pending.append(segment)
+                continue
+            if pending:  # before this one: two writes of a batch to one place must land in their order
+                self._writev(pending)
+                pending = []
+            self._write_zeros(offset, len(buffer), unmap, False)
+        if pending:
+            self._writev(pending)
 
     def _write_out_zeros(self, offset: int, length: int) -> None:
         end = offset + length
@@ -234,7 +270,7 @@ class StorageNode(Node):
 
     def _write_zeros(self, offset: int, length: int, unmap: bool, fast: bool) -> None:
         try:
-            self.storage.write_zeros(offset, length, unmap=unmap, fast=fast)
+            self.storage.write_zeros(offset, length, unmap=unmap and self.unmaps, fast=fast)
         except OSError as error:
             if fast or error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
                 raise
@@ -290,13 +326,19 @@ class FormatNode(Node):
 
     def resize(self, size: int, *, preallocation: str = "off") -> None:
         old = self.size
-        self.format.resize(size, preallocation=preallocation)
         backed = min(size, self.backing.size) if self.backing is not None else 0
         if backed > old:
             # What the backing image has beyond this one's old end must not show: new bytes read as zeros.
-            self._write_zeros(old, backed - old, True, False)
+            conceal = partial(self._write_zeros, old, backed - old, True, False)
+            self.format.resize(size, preallocation=preallocation, conceal=conceal)
+        else:
+            self.format.resize(size, preallocation=preallocation)
         for bitmap in self.bitmaps:
             bitmap.resize(size)
+
+    def amend(self, options: object, *, force: bool = False, progress: Progress | None = None) -> None:
+        """See ``Format.amend``."""
+        self.format.amend(options, resize=self.resize, force=force, progress=progress)
 
     def close(self) -> None:
         self.format.close()

@@ -7,10 +7,13 @@ and straight-line formats (raw) into their files, whose holes read as zeros.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from diskwright.core.node import FormatNode, Node, StorageNode, below_filters
 from diskwright.extents import DATA, SPECIAL, UNALLOCATED, ZERO, Extent
+
+_PREALLOCATING: Final = ("qcow2",)
+"""Formats whose data clusters may be holes of the file: taken in advance, and not written since."""
 
 
 class Status(NamedTuple):
@@ -107,6 +110,22 @@ def _holes(node: FormatNode, offset: int, length: int, depth: int) -> Iterator[S
         zero = run.kind in (ZERO, UNALLOCATED)
         place = run.file_offset if run.kind == DATA else run.offset
         yield Status(run.offset - linear, run.length, zero, not zero, True, depth, node, place)
+
+
+def may_have_holes(node: Node) -> bool:
+    """Whether a format's file is worth looking at for holes where the map names data. An image whose clusters were
+    taken in advance has a file of which much is holes; elsewhere it would take time and find next to nothing. The
+    rule is qemu-img's, so that both tell the same."""
+    if not isinstance(node, FormatNode) or node.driver_name not in _PREALLOCATING:
+        return False
+    file = node.format.children[node.format.data_child]
+    if not isinstance(file, StorageNode):
+        return False
+    space = file.storage.allocated_size()
+    if space is None:
+        return False
+    clusters, in_use = -(-file.size // node.cluster_size), space // node.cluster_size
+    return clusters >= max(in_use * 10 // 9, in_use + 2)
 
 
 def _continues(last: Status, run: Status) -> bool:

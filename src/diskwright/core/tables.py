@@ -144,6 +144,15 @@ class SliceCache:
             young.clear()
         young[number] = items
 
+    def age(self) -> None:
+        """Forgets what has not been used since the call before this one, and could be read again."""
+        with self._guard:
+            changed, writing, pins = self._changed, self._writing, self._pins
+            kept = {n: a for n, a in self._old.items() if n in changed or n in writing or n in pins}
+            kept.update(self.young)
+            self._old = kept  # before young is emptied: a slice is at no time in neither
+            self.young.clear()
+
     # -- changing --------------------------------------------------------------------------------
 
     def edit(self, number: int) -> array[int] | None:
@@ -281,6 +290,11 @@ class Generations:
             self._old = dict(self.young)
             self.young.clear()
         self.young[key] = value
+
+    def age(self) -> None:
+        """Forgets what has not been used since the call before this one."""
+        self._old = dict(self.young)
+        self.young.clear()
 
     def peek(self, key: int) -> array[int] | None:
         """The entry, wherever it is."""

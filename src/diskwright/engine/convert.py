@@ -69,6 +69,11 @@ class Conversion:
             self._part(source, start, shared, source.size, None)
         self._reached(start + source.size)
 
+    def copy_part(self, source: Node, offset: int, length: int) -> None:
+        """Copies only that range of ``source``, to the beginning of the target. Raises CopyFailed."""
+        self._part(source, -offset, offset, offset + length, None)
+        self._reached(length)
+
     def _part(self, source: Node, start: int, offset: int, end: int, base: Node | None) -> None:
         # At a low rate smaller pieces keep the copy going evenly, and ``stop`` from being waited for.
         chunk = max(_PAGE, self.rate.limit(CHUNK) // _PAGE * _PAGE)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from diskwright.core.driver import CheckReport, Format, Info, OpenContext, not_supported
+from diskwright.core.driver import CheckReport, Format, Info, MeasuredSource, Measurement, OpenContext, not_supported
 from diskwright.core.node import Node
 from diskwright.core.options import SIZE, OneOf, option
-from diskwright.errors import OptionError
+from diskwright.errors import OptionError, UnsupportedFeature
 from diskwright.extents import DATA, Extent, Extents
 from diskwright.units import SECTOR, align_up
 
@@ -64,6 +65,11 @@ class Raw(Format):
     def create(cls, file: Node, options: RawCreateOptions) -> None:
         file.resize(align_up(options.size, SECTOR), preallocation=options.preallocation)
 
+    @classmethod
+    def measure(cls, options: RawCreateOptions, source: MeasuredSource | None) -> Measurement:
+        size = align_up(options.size, SECTOR)
+        return Measurement(size, size)
+
     @property
     def size(self) -> int:  # type: ignore[override]
         assert self.linear is not None
@@ -80,9 +86,11 @@ class Raw(Format):
         assert self.linear is not None
         return offset + self.linear
 
-    def resize(self, size: int, *, preallocation: str = "off") -> None:
+    def resize(self, size: int, *, preallocation: str = "off", conceal: Callable[[], None] | None = None) -> None:
         if self._fixed_size is not None:
-            raise not_supported("A raw image opened with a fixed size cannot be resized")
+            raise UnsupportedFeature("Cannot resize fixed-size raw disks")
+        if preallocation == "metadata":
+            raise UnsupportedFeature("Unsupported preallocation mode: metadata")
         assert self.linear is not None
         self.children[0].resize(size + self.linear, preallocation=preallocation)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from diskwright.core.node import StorageNode
 from tests.formats.qcow2.support import (
     LONG,
     Change,
@@ -18,6 +19,7 @@ from tests.formats.qcow2.support import (
     checked,
     contents,
     created,
+    header_of,
     qemu,
     qemu_check,
 )
@@ -269,3 +271,42 @@ def qemu_sound(path: Path, folder: Path) -> None:
         cwd=folder, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode in (0, 3) and not json.loads(done.stdout).get("corruptions"), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("compat", ["0.10", "1.1"])
+def test_crash_while_an_overlay_grows(compat: str) -> None:
+    """What a longer backing image has beyond the old end never comes into sight."""
+    start = created(size=30 << 10, cluster_size=4096, compat=compat, backing_file="b", backing_fmt="raw")
+    secret = b"secret.." * (16 << 10)
+    tape = Tape(start)
+    with _overlay(tape, secret) as image:
+        image.node.resize(200 << 10)
+        assert image.disk.pread(0, 200 << 10) == secret[: 30 << 10] + bytes(170 << 10)
+    chance = random.Random(1)
+    sizes = set()
+    for position in range(len(tape.changes) + 1):
+        data = after_crash(start, tape.changes, position, chance)
+        assert not checked(data).corruptions, position
+        with _overlay(Tape(data), secret) as image:
+            sizes.add(image.disk.size)
+            assert image.disk.pread(0, image.disk.size) == (secret[: 30 << 10]).ljust(image.disk.size, b"\0"), position
+    assert sizes == {30 << 10, 200 << 10}
+    for step in range(len(tape.changes)):
+        torn = Tape(start)
+        with _overlay(torn, secret) as image:
+            torn.fail = step
+            with pytest.raises(OSError, match="the tape is torn"):
+                image.node.resize(200 << 10)
+                image.node.flush()
+            torn.fail = -1
+            image.node.resize(200 << 10)
+            assert image.disk.pread(0, 200 << 10) == secret[: 30 << 10] + bytes(170 << 10)
+        report = checked(bytes(torn.data))
+        assert not report.corruptions and header_of(bytes(torn.data)).size == 200 << 10
+
+
+def _overlay(tape: Tape, backing: bytes) -> Image:
+    below = StorageNode("below", Tape(backing), False)
+    image = Image(tape, backing=below)
+    image.graph.adopt(below)
+    return image

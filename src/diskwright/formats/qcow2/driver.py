@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from diskwright.core.driver import CheckReport, Format, Info, OpenContext, Part, Reservation
+from diskwright.core.driver import (
+    CheckReport,
+    Format,
+    Info,
+    MeasuredSource,
+    Measurement,
+    OpenContext,
+    Part,
+    Progress,
+    Reservation,
+)
 from diskwright.core.leases import Leases
 from diskwright.core.node import Node
 from diskwright.errors import CorruptImage, ImageError, OptionError, UnsupportedFeature
 from diskwright.extents import Extent, Extents
 from diskwright.formats.qcow2 import header as fields
+from diskwright.formats.qcow2.caches import Cleaner, budgets, check_options
 from diskwright.formats.qcow2.compressed import Decoder
 from diskwright.formats.qcow2.header import Header, read_header
 from diskwright.formats.qcow2.layout import MAGIC
-from diskwright.formats.qcow2.options import Qcow2CreateOptions, Qcow2Options
+from diskwright.formats.qcow2.options import Qcow2AmendOptions, Qcow2CreateOptions, Qcow2Options
 from diskwright.formats.qcow2.refcounts import Refcounts
 from diskwright.formats.qcow2.subclusters import SubclusterMapping, open_mapping
 from diskwright.formats.qcow2.writing import Writer
@@ -35,6 +46,7 @@ class Qcow2(Format):
     name = "qcow2"
     options = Qcow2Options
     create_options = Qcow2CreateOptions
+    amend_options = Qcow2AmendOptions
     has_backing = True
     suffixes = (".qcow2", ".qcow")
     roles = (DATA_FILE_ROLE,)
@@ -52,6 +64,7 @@ class Qcow2(Format):
         self.data_child = len(self.children) - 1
         self._options, self._leases = options, leases
         self.writer: Writer | None = None
+        self._cleaner: Cleaner | None = None
         self._set_up(header)
 
     def _set_up(self, header: Header) -> None:
@@ -60,10 +73,11 @@ class Qcow2(Format):
         self.header = header
         self.size, self.backing = header.size, header.backing
         self.cluster_size = 1 << header.cluster_bits
+        check_options(options, self.cluster_size)
         if options.repair:
             return  # nothing is looked up: tables may be damaged, and are looked at by check alone
-        # A writer needs half of it: a quarter for refcounts, another for places it knows it may write to.
-        self.mapping = open_mapping(file, header, options.cache_size // (1 if self._leases is None else 2))
+        self._budgets = budgets(options, writable=self._leases is not None)
+        self.mapping = open_mapping(file, header, self._budgets.l2)
         self._decoder = Decoder(file.filename, header.compression, self.cluster_size)
         if header.data_file is not None and not self.data_child:
             return  # opened to look at its metadata; look-ups go to the methods below, which say so
@@ -89,6 +103,8 @@ class Qcow2(Format):
         image = cls(context.file, header, options, context.leases if context.writable else None, data_file)
         if context.writable and not options.repair:
             image._begin_writing()
+        if options.cache_clean_interval:
+            image._cleaner = Cleaner(options.cache_clean_interval, image.clean_caches)
         return image
 
     def _begin_writing(self) -> None:
@@ -114,15 +130,18 @@ class Qcow2(Format):
     def start_writer(self) -> None:
         """Makes the writing side, for the header as it is. Raises CorruptImage or LimitExceeded."""
         assert self._leases is not None
-        file, header, mapping, cache = self.children[0], self.header, self.mapping, self._options.cache_size
-        refcounts = Refcounts(file, header, cache // 4)
+        file, header, mapping, options = self.children[0], self.header, self.mapping, self._options
+        refcounts = Refcounts(file, header, self._budgets.refcounts)
+        places = self._budgets.places
         if isinstance(mapping, SubclusterMapping):
             from diskwright.formats.qcow2.subwriting import SubclusterWriter
 
             data_file = self.children[1] if self.data_child else None
-            self.writer = SubclusterWriter(file, header, mapping, refcounts, self._leases, cache // 4, data_file)
+            self.writer = SubclusterWriter(file, header, mapping, refcounts, self._leases, places, data_file)
         else:
-            self.writer = Writer(file, header, mapping, refcounts, self._leases, cache // 4)
+            self.writer = Writer(file, header, mapping, refcounts, self._leases, places)
+        self.writer.pass_requests, self.writer.pass_others = options.pass_discard_request, options.pass_discard_other
+        self.writer.keeps_places = options.discard_no_unref
         self.in_place = self.writer.in_place  # type: ignore[method-assign]
 
     def reload(self) -> None:
@@ -202,7 +221,7 @@ class Qcow2(Format):
 
     def _writing(self) -> Writer:
         if self._options.repair:
-            raise self._for_repair_only()
+            raise self._without_data()
         if self.writer is None:
             raise ImageError(f"{self.children[0].filename}: is open read-only")
         if self.header.incompatible_features & fields.CORRUPT:
@@ -229,10 +248,33 @@ class Qcow2(Format):
 
         create(file, options, parts.get(DATA_FILE_ROLE))
 
-    def resize(self, size: int, *, preallocation: str = "off") -> None:
+    @classmethod
+    def measure(cls, options: Qcow2CreateOptions, source: MeasuredSource | None) -> Measurement:
+        from diskwright.formats.qcow2.measure import measure
+
+        return measure(options, source)
+
+    def stored_bitmaps(self) -> Sequence[tuple[int, str]] | None:
+        from diskwright.formats.qcow2.measure import stored_bitmaps
+
+        return stored_bitmaps(self.children[0], self.header)
+
+    def amend(
+        self,
+        options: Qcow2AmendOptions,
+        *,
+        resize: Callable[[int], None],
+        force: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        from diskwright.formats.qcow2.amend import amend
+
+        amend(self, options, resize, progress)
+
+    def resize(self, size: int, *, preallocation: str = "off", conceal: Callable[[], None] | None = None) -> None:
         from diskwright.formats.qcow2.resize import resize
 
-        resize(self, size, preallocation)
+        resize(self, size, preallocation, conceal)
 
     def check(self, repair: str) -> CheckReport:
         from diskwright.formats.qcow2.check import check
@@ -265,7 +307,15 @@ class Qcow2(Format):
         # Preallocated clusters show what the storage held before, where that is not zeros.
         return self.children[self.data_child].zero_init or not (self._options.repair or any(self.mapping.l1))
 
+    def clean_caches(self) -> None:
+        """Gives up cached tables that have not been used since the call before this one."""
+        self.mapping.l2.age()
+        if self.writer is not None:
+            self.writer.clean_caches()
+
     def close(self) -> None:
+        if self._cleaner is not None:
+            self._cleaner.stop()
         if self.writer is not None:
             self.writer.close()
 

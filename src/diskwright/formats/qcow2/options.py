@@ -10,7 +10,26 @@ from diskwright.formats.qcow2.layout import CACHE_BYTES
 
 @dataclass(frozen=True, kw_only=True)
 class Qcow2Options:
-    cache_size: int = option(SIZE, "most bytes of metadata tables kept in memory", default=CACHE_BYTES)
+    cache_size: int | None = option(
+        SIZE, f"most bytes of metadata tables kept in memory; default: {CACHE_BYTES >> 20}M", default=None
+    )
+    l2_cache_size: int | None = option(SIZE, "of these, for L2 tables", default=None)
+    refcount_cache_size: int | None = option(SIZE, "of these, for refcounts", default=None)
+    l2_cache_entry_size: int | None = option(
+        SIZE, "512 bytes to a cluster, a power of two; accepted, tables are read in pieces that suit them", default=None
+    )
+    cache_clean_interval: int = option(
+        INT, "seconds after which tables nobody has used are given up; 0: they are kept", default=0
+    )
+    overlap_check: str = option(
+        OneOf("none", "constant", "cached", "all"),
+        "accepted: no write ever goes to where metadata is known to lie",
+        default="cached",
+    )
+    pass_discard_request: bool = option(BOOL, "tell the file of clusters the guest discarded", default=True)
+    pass_discard_snapshot: bool = option(BOOL, "tell it of clusters a deleted snapshot had", default=True)
+    pass_discard_other: bool = option(BOOL, "tell it of all others that became free", default=False)
+    discard_no_unref: bool = option(BOOL, "clusters keep their place when they are discarded", default=False)
     repair: bool = option(
         BOOL, "open for check and repair only: also when the image is marked corrupt or dirty", default=False
     )
@@ -32,3 +51,17 @@ class Qcow2CreateOptions:
     compression_type: str = option(OneOf("zlib", "zstd"), "method of compressed clusters", default="zlib")
     lazy_refcounts: bool = option(BOOL, "let other programs postpone refcount updates", default=False)
     refcount_bits: int = option(INT, "width of a refcount in bits, 1 to 64, a power of two", default=16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qcow2AmendOptions:
+    """What can be changed in an image that exists; None stands for what shall stay."""
+
+    backing_file: str | None = option(STR, "image that answers for what this one does not have", default=None)
+    backing_fmt: str | None = option(STR, "format of the backing file", default=None)
+    compat: str | None = option(STR, "compatibility level: 0.10 (v2) or 1.1 (v3)", default=None)
+    data_file: str | None = option(STR, "name of the external data file", default=None)
+    data_file_raw: bool | None = option(BOOL, "the data file stays valid as a raw image", default=None)
+    lazy_refcounts: bool | None = option(BOOL, "let other programs postpone refcount updates", default=None)
+    refcount_bits: int | None = option(INT, "width of a refcount in bits, 1 to 64, a power of two", default=None)
+    size: int | None = option(SIZE, "virtual disk size", default=None)

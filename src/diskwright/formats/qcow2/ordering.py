@@ -73,6 +73,8 @@ class Ordering:
         self._passed: deque[_Freed] = deque()  # out of quarantine, not yet durable
         self._freed_clusters = 0  # since the last checkpoint
         self._begun = self._completed = 0  # checkpoints
+        self.pass_requests, self.pass_others = True, False
+        """Whether the file is told to discard clusters that a guest's request gave up, and others."""
 
     # -- taking ------------------------------------------------------------------------------------
 
@@ -127,7 +129,7 @@ class Ordering:
 
     def _give_up_runs(self, runs: list[tuple[int, int]], *, unmap: bool) -> None:
         self._freed_clusters += sum(count for _, count in runs)
-        self._quarantine.put(_Freed(self._era, runs, unmap))
+        self._quarantine.put(_Freed(self._era, runs, self.pass_requests if unmap else self.pass_others))
 
     def _host_runs(self, entries: Iterable[int]) -> list[tuple[int, int]]:
         """Host clusters that entries refer to; one that two compressed clusters share is there twice."""

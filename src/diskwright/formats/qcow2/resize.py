@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import struct
 from array import array
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from diskwright.errors import ImageError, LimitExceeded, UnsupportedFeature
@@ -26,15 +27,14 @@ if TYPE_CHECKING:
 _STEP = 1 << 30
 
 
-def resize(image: Qcow2, size: int, preallocation: str) -> None:
-    """See ``Format.resize``. What a backing image has beyond the old size is the caller's affair: this layer does
-    not know it. Raises ImageError for a read-only image, UnsupportedFeature or LimitExceeded."""
+def resize(image: Qcow2, size: int, preallocation: str, conceal: Callable[[], None] | None = None) -> None:
+    """See ``Format.resize``. Raises ImageError for a read-only image, UnsupportedFeature or LimitExceeded."""
     writer = image.writer
     path = image.children[0].filename
     if writer is None:
         raise ImageError(f"{path}: is open read-only")
     if writer.header.nb_snapshots and writer.header.version < 3:
-        raise UnsupportedFeature(f"{path}: a version 2 image with snapshots cannot be resized")
+        raise UnsupportedFeature("Can't resize a v2 image which has snapshots")
     entries = writer.geometry.l1_entries(size)
     if entries * 8 > MAX_L1_BYTES:
         most = (MAX_L1_BYTES // 8) << (writer.geometry.l2_bits + writer.geometry.cluster_bits)
@@ -44,14 +44,14 @@ def resize(image: Qcow2, size: int, preallocation: str) -> None:
         )
     if size < image.size:
         if preallocation != "off":
-            raise UnsupportedFeature(f"{path}: preallocation makes no sense for a disk that shrinks")
+            raise UnsupportedFeature("Preallocation can only be used for growing images")
         _shrink(image, writer, size)
     elif size > image.size:
         old = image.size
         if writer.data_file is not None:
             zeroed = writer.header.raw_data_file or preallocation != "off"
             _grow_data_file(writer.data_file, old, size, preallocation, zeroed)
-        _grow(image, writer, size, entries)
+        _grow(image, writer, size, entries, conceal)
         if preallocation == "off" and writer.header.raw_data_file:
             preallocation = "metadata"  # a raw data file is all data
         if preallocation != "off":
@@ -59,22 +59,33 @@ def resize(image: Qcow2, size: int, preallocation: str) -> None:
 
 
 def _set_size(image: Qcow2, writer: Writer, size: int) -> None:
-    writer.write_header(AT_SIZE, struct.pack(">Q", size))
+    try:
+        writer.write_header(AT_SIZE, struct.pack(">Q", size))
+    except BaseException:
+        image.size = writer.size = writer.header.size
+        raise
     image.size = writer.size = writer.header.size = size
 
 
 # -- growing -------------------------------------------------------------------------------------------
 
 
-def _grow(image: Qcow2, writer: Writer, size: int, l1_entries: int) -> None:
-    g = writer.geometry
+def _grow(image: Qcow2, writer: Writer, size: int, l1_entries: int, conceal: Callable[[], None] | None) -> None:
+    g, old = writer.geometry, image.size
     # Nothing should be mapped beyond the end, but a crash while shrinking, or another program, may have left it.
     _unmap(writer, g.clusters(image.size), min(g.clusters(size), len(writer.map.l1) << g.l2_bits))
     if image.size & g.cluster_mask:
         _zero_tail(image, writer, min(size, g.clusters(image.size) << g.cluster_bits))
     if l1_entries > len(writer.map.l1):
         grow_l1(writer, l1_entries)
-    writer.checkpoint()
+    try:
+        if conceal is not None:
+            image.size = writer.size = size  # here in memory; in the file only when nothing wrong can be seen there
+            conceal()
+        writer.checkpoint()
+    except BaseException:
+        image.size = writer.size = old
+        raise
     _set_size(image, writer, size)
 
 

@@ -72,6 +72,8 @@ class Writer(Ordering):
         self.size = header.size
         self.backed = True
         """Whether clusters without an entry may read as something else than zeros."""
+        self.keeps_places = False
+        """Whether clusters keep their place when they are discarded (option ``discard-no-unref``)."""
         self._turn = threading.Condition(self.lock)
         self._open: list[PlacedClusters] = []  # reservations neither published nor aborted: few, one a writing thread
         self._file_zero_init = file.zero_init
@@ -81,6 +83,12 @@ class Writer(Ordering):
         self._young = self._places.young.get
         self._slice_shift = g.cluster_bits + g.slice_bits
         self._index_mask = (1 << g.slice_bits) - 1
+
+    def clean_caches(self) -> None:
+        """Gives up what is remembered of places and refcounts and has not been used since the call before this one."""
+        self.refcounts.cache.age()
+        with self.lock:
+            self._places.age()
 
     # -- places that can be written to as they are -------------------------------------------------
 
@@ -360,6 +368,8 @@ class Writer(Ordering):
         overdue = self.growing(lambda: self._zero(first, end, unmap))
         if overdue:
             self.checkpoint()
+        if unmap and self.keeps_places:
+            self._discard_kept(first, end)
         start = first << self._cluster_bits
         return start, min(end << self._cluster_bits, offset + length) - start
 
@@ -376,7 +386,22 @@ class Writer(Ordering):
             end = min(stop, (first | self._index_mask) + 1)
             if self.growing(lambda first=first, end=end: self._discard(first, end)):  # type: ignore[misc]
                 self.checkpoint()
+            if self.keeps_places:
+                self._discard_kept(first, end)
             first = end
+
+    def _discard_kept(self, first: int, end: int) -> None:
+        """Tells the file to discard what clusters of one slice, which read as zeros now, keep as their place. No lock
+        is held: a write to them meanwhile would be one beside a discard of the same range, which has no order."""
+        if not self.pass_requests:
+            return
+        with self.lock:
+            items = self.map.load(first >> self.geometry.slice_bits)
+            low, high = first & self._index_mask, (end - 1) & self._index_mask
+            kept = [] if items is None else [e for e in items[low : high + 1] if e & ZERO and e & COPIED]
+            runs = self._host_runs(entry for entry in kept if not entry & COMPRESSED)
+        for host, count in runs:
+            self.file.discard(host << self._cluster_bits, count << self._cluster_bits)
 
     def _whole_clusters(self, offset: int, length: int) -> tuple[int, int]:
         """``(first, end)`` of the guest clusters wholly within a range; the disk's last one counts as whole."""
@@ -390,7 +415,7 @@ class Writer(Ordering):
                 return ZERO
             if not entry & OFFSET_MASK:
                 return ZERO if entry & ZERO or self.backed else 0
-            return ZERO if unmap or not entry & COPIED else entry | ZERO
+            return entry | ZERO if entry & COPIED and (self.keeps_places or not unmap) else ZERO
 
         return self._change(first, end, zeroed, unmap)
 
@@ -398,6 +423,8 @@ class Writer(Ordering):
         gone = ZERO if self.header.version >= 3 else 0
 
         def discarded(entry: int) -> int:
+            if self.keeps_places and gone and entry & COPIED and not entry & COMPRESSED:
+                return entry | ZERO
             return gone if entry & COMPRESSED or entry & OFFSET_MASK else entry
 
         return self._change(first, end, discarded, True)
