@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Final, NoReturn
 
 from diskwright.core.leases import Leases
 from diskwright.core.node import Node
@@ -88,14 +88,12 @@ class Conversion:
             rate=self.rate,
             stop=self.stop,
             done=lambda at, length: self._reached(start + at + length),
-            failed=_failed,
+            failed=copy_failed,
             clocks=self.clocks,
             chunk=chunk,
         )
 
-    def _ranges(
-        self, source: Node, offset: int, end: int, base: Node | None, chunk: int, unit: int
-    ) -> Iterator[Range]:
+    def _ranges(self, source: Node, offset: int, end: int, base: Node | None, chunk: int, unit: int) -> Iterator[Range]:
         whole = data_plan(source, self.leases, end, zeros=not self.target_is_zero, chunk=chunk, base=base, unit=unit)
         for at, length in whole:
             if at + length > offset:
@@ -107,6 +105,7 @@ class Conversion:
             self._position = max(self._position, position)
 
 
-def _failed(offset: int, length: int, error: Exception) -> None:
+def copy_failed(offset: int, length: int, error: Exception) -> NoReturn:
+    """Raises CopyFailed for a range's ReadFailed or WriteFailed."""
     cause = error.__cause__ or error
     raise CopyFailed("read" if isinstance(error, ReadFailed) else "write", offset, cause) from cause

@@ -153,9 +153,7 @@ class Copier:
                 done += step
         self._move_batch(batch, clock, turn)
 
-    def _move_batch(
-        self, batch: list[tuple[Segment, bool]], clock: Clock, turn: Callable[[], None] | None
-    ) -> None:
+    def _move_batch(self, batch: list[tuple[Segment, bool]], clock: Clock, turn: Callable[[], None] | None) -> None:
         try:
             self.source.readv([segment for segment, _ in batch])
         except (OSError, DiskwrightError) as error:

@@ -33,6 +33,9 @@ class Decoder:
 
     def decode(self, extent: Extent, raw: memoryview, into: memoryview) -> None:
         """See ``Format.decode``."""
+        if len(into) == self._cluster_size:  # nothing of it is left to be asked for
+            into[:] = self._cluster(extent, raw)
+            return
         kept = self._kept.get(extent.file_offset)
         # Comparing is much cheaper than decoding, and needs no rule for when a place has been used anew.
         if kept is None or kept[0] != raw:

@@ -105,15 +105,15 @@ def _count_first_clusters(block: bytearray, order: int) -> None:
 
 def _grow(file: Node, header: Header, size: int, preallocation: str) -> None:
     from diskwright.formats.qcow2.driver import Qcow2
+    from diskwright.formats.qcow2.packing import PackingWriter
     from diskwright.formats.qcow2.refcounts import Refcounts
     from diskwright.formats.qcow2.resize import resize
-    from diskwright.formats.qcow2.writing import Writer
 
     options = Qcow2Options()
     leases = Leases()
     image = Qcow2(file, header, options, leases)
     refcounts = Refcounts(file, header, options.cache_size // 4)
-    image.writer = Writer(file, header, image.mapping, refcounts, leases, options.cache_size // 4)
+    image.writer = PackingWriter(file, header, image.mapping, refcounts, leases, options.cache_size // 4)
     resize(image, size, preallocation=preallocation)
     image.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 from diskwright.core.driver import CheckReport, Format, Info, OpenContext, Reservation
@@ -12,12 +13,13 @@ from diskwright.errors import CorruptImage, ImageError, UnsupportedFeature
 from diskwright.extents import Extent, Extents
 from diskwright.formats.qcow2 import header as fields
 from diskwright.formats.qcow2.compressed import Decoder
+from diskwright.formats.qcow2.encoding import Encoder
 from diskwright.formats.qcow2.header import Header, read_header
 from diskwright.formats.qcow2.layout import MAGIC
 from diskwright.formats.qcow2.mapping import Mapping
 from diskwright.formats.qcow2.options import Qcow2CreateOptions, Qcow2Options
+from diskwright.formats.qcow2.packing import PackingWriter
 from diskwright.formats.qcow2.refcounts import Refcounts
-from diskwright.formats.qcow2.writing import Writer
 
 
 class Qcow2(Format):
@@ -32,13 +34,14 @@ class Qcow2(Format):
     options = Qcow2Options
     create_options = Qcow2CreateOptions
     has_backing = True
+    compresses = True
     suffixes = (".qcow2", ".qcow")
 
     def __init__(self, file: Node, header: Header, options: Qcow2Options, leases: Leases | None) -> None:
         """With ``leases`` it is to be written to."""
         self.children = (file,)
         self._options, self._leases = options, leases
-        self.writer: Writer | None = None
+        self.writer: PackingWriter | None = None
         self._set_up(header)
 
     def _set_up(self, header: Header) -> None:
@@ -50,6 +53,7 @@ class Qcow2(Format):
         # A writer needs half of it: a quarter for refcounts, another for places it knows it may write to.
         self.mapping = Mapping(file, header, options.cache_size // (1 if self._leases is None else 2))
         self._decoder = Decoder(file.filename, header.compression, self.cluster_size)
+        self._encoder = Encoder(file.filename, header.compression, self.cluster_size, options.compression_level)
         # The look-ups go straight to where they are answered: they are the hot path.
         self.extent_at = self.mapping.extent_at  # type: ignore[method-assign]
         self.extents = self.mapping.extents  # type: ignore[method-assign]
@@ -95,7 +99,7 @@ class Qcow2(Format):
         assert self._leases is not None
         file, header, cache = self.children[0], self.header, self._options.cache_size
         refcounts = Refcounts(file, header, cache // 4)
-        self.writer = Writer(file, header, self.mapping, refcounts, self._leases, cache // 4)
+        self.writer = PackingWriter(file, header, self.mapping, refcounts, self._leases, cache // 4)
         if not self._options.repair:
             self.in_place = self.writer.in_place  # type: ignore[method-assign]
 
@@ -126,6 +130,12 @@ class Qcow2(Format):
     def reserve(self, offset: int, length: int) -> Reservation:
         return self._writing().reserve(offset, length)
 
+    def encode(self, data: memoryview) -> bytes | None:
+        return self._encoder.encode(data)
+
+    def reserve_stored(self, units: Sequence[tuple[int, int]]) -> Reservation:
+        return self._writing().reserve_stored(units)
+
     def zero(self, offset: int, length: int, *, unmap: bool) -> tuple[int, int]:
         return self._writing().zero(offset, length, unmap=unmap)
 
@@ -138,7 +148,7 @@ class Qcow2(Format):
         else:
             self.writer.checkpoint()
 
-    def _writing(self) -> Writer:
+    def _writing(self) -> PackingWriter:
         if self.writer is None or self._options.repair:
             why = "read-only" if self.writer is None else "for repair only"
             raise ImageError(f"{self.children[0].filename}: is open {why}")

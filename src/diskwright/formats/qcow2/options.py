@@ -11,6 +11,10 @@ from diskwright.formats.qcow2.layout import CACHE_BYTES
 @dataclass(frozen=True, kw_only=True)
 class Qcow2Options:
     cache_size: int = option(SIZE, "most bytes of metadata tables kept in memory", default=CACHE_BYTES)
+    compression_level: int | None = option(
+        INT, "how hard clusters are compressed: 1, the quickest, to 9 (zlib; 6 gives qemu-img's sizes) or 19 (zstd)",
+        default=None,
+    )  # fmt: skip
     repair: bool = option(
         BOOL, "open for check and repair only: also when the image is marked corrupt or dirty", default=False
     )
