@@ -78,6 +78,10 @@ class Decoder:
     def _unzstd(self, raw: memoryview) -> bytes:
         if self._decoder is None:
             self._decoder = _zstd_decompressor(self._path)
+        frame = self._decoder()
+        piece = frame.decompress(raw, self._cluster_size)
+        if len(piece) == self._cluster_size:
+            return bytes(piece)
         out = bytearray()
         while len(out) < self._cluster_size and len(raw):
             # A writer may have split a cluster into frames; each has its own decompressor.
