@@ -276,8 +276,8 @@ def convert(
 ) -> None:
     """Copies an image into a new one of ``format`` (default: by its ending, else raw), durable when this returns.
 
-    ``compress``: write compressed clusters, at a level when it is a number: 1 (the quickest, and the default) to 9,
-    with zstd 19. OSError with ENOTSUP where the format has none.
+    ``compress``: write compressed clusters, at a level when it is a number: 1 (the quickest) to 9, with zstd to 19; see
+    ``docs/cli.md``. OSError with ENOTSUP where the format has none.
 
     ``progress`` is called with (done, all) some times a second. A target that could not be completed is left as it
     is. Raises ImageError or OSError.

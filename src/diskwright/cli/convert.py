@@ -83,8 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-c", dest="compress", action="store_true", help="compress the target's clusters")
     parser.add_argument(
         "--compression-level", dest="level", metavar="N",
-        help=f"with -c: 1 is the quickest and the default, {MAX_LEVEL} the smallest (zstd: {MAX_ZSTD_LEVEL}); "
-        "6 gives the sizes of qemu-img",
+        help=f"with -c: from 1, the quickest, to {MAX_LEVEL} with zlib (default 3; 6 gives the sizes of qemu-img), to "
+        f"{MAX_ZSTD_LEVEL} with zstd (default 1; 3 gives the sizes of qemu-img)",
     )  # fmt: skip
     parser.add_argument(
         "-W", dest="out_of_order", action="store_true",

@@ -257,8 +257,7 @@ class CompressedConversion(Conversion):
         self._edge = None
         start = align_down(end - 1, self.unit)
         limit = min(start + self.unit, self.target.size)
-        if self.target_is_zero or align_up(end, SECTOR) >= limit:
-            end = limit
+        end = limit if self.target_is_zero else min(align_up(end, SECTOR), limit)
         piece = memoryview(edge)[: end - start]
         try:
             with self.leases.held():

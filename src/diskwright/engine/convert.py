@@ -12,7 +12,8 @@ from diskwright.engine.clock import Clocks
 from diskwright.engine.copy import CHUNK, WORKERS, Copier, Range, ReadFailed, data_plan, run_plan
 from diskwright.engine.rate import RateLimit
 from diskwright.engine.zeros import SPARSE
-from diskwright.errors import JobError
+from diskwright.errors import DiskwrightError, JobError
+from diskwright.units import SECTOR, align_up
 
 _PAGE: Final = 4096
 
@@ -67,7 +68,18 @@ class Conversion:
             shared = min(base.size, source.size)
             self._part(source, start, 0, shared, base)
             self._part(source, start, shared, source.size, None)
+        self._fill_sector(start + source.size)
         self._reached(start + source.size)
+
+    def _fill_sector(self, end: int) -> None:
+        """What a source lacks of its last sector reads as zeros, so that is what the target gets there."""
+        stop = min(align_up(end, SECTOR), self.target.size)
+        if stop > end and not self.target_is_zero and not self.stop():
+            try:
+                with self.leases.held():
+                    self.target.write_zeros(end, stop - end)
+            except (OSError, DiskwrightError) as error:
+                raise CopyFailed("write", end, error) from error
 
     def _part(self, source: Node, start: int, offset: int, end: int, base: Node | None) -> None:
         # At a low rate smaller pieces keep the copy going evenly, and ``stop`` from being waited for.

@@ -130,7 +130,7 @@ def test_every_cluster_of_a_file_system_inflates_with_4_kib(tmp_path: Path) -> N
     image.write_bytes(b"")
     subprocess.run([tool, "-q", "-t", "ext4", "-d", files, image, "40M"], check=True, timeout=120)
     data = image.read_bytes()
-    encoders = [Encoder("image", "zlib", K, level) for level in (1, 2, 3)]
+    encoders = [Encoder("image", "zlib", K, level) for level in (1, 3)]
     seen = 0
     for at in range(0, len(data), K):
         cluster = data[at : at + K]

@@ -15,11 +15,14 @@ from diskwright.errors import OptionError, UnsupportedFeature
 WINDOW_BITS: Final = 12
 
 MAX_LEVEL: Final = {"zlib": 9, "zstd": 19}
-"""Levels begin at 1, the quickest, which is the default of both."""
+DEFAULT_LEVEL: Final = {"zlib": 3, "zstd": 1}
+"""The quickest that does not waste much space."""
 
-_QUICK_LEVELS: Final = 3
-"""zlib levels up to this one are ISA-L's, where it is installed: more than ten times as fast as zlib's, for images
-up to a tenth larger. From 4 on they are zlib's; 6 gives the sizes of qemu-img."""
+_ISAL_LEVELS: Final = {1: 0, 2: 3, 3: 3}
+"""zlib levels for which ISA-L is used, where it is installed, and what it calls them: ten times as fast as zlib, for
+images some hundredths larger. From 4 on they are zlib's; 6 gives the sizes of qemu-img. ISA-L's levels 1 and 2 are left
+out: with several threads one cluster in thousands comes out a byte longer or shorter, and the same source should give
+the same image every time."""
 
 _MEMORY_LEVEL: Final = 9
 """zlib's largest; 64 KiB more memory for slightly smaller output."""
@@ -38,7 +41,7 @@ class Encoder:
         if level is not None and not 1 <= level <= most:
             raise OptionError(f"compression-level must be 1 to {most} for {compression}, not {level}")
         self._path, self._compression, self._cluster_size = path, compression, cluster_size
-        self._level = 1 if level is None else level
+        self._level = DEFAULT_LEVEL[compression] if level is None else level
         self._encode: Encode | None = None
 
     def encode(self, data: memoryview) -> bytes | None:
@@ -49,13 +52,13 @@ class Encoder:
         return stored if len(stored) < self._cluster_size else None
 
     def _zlib(self) -> Encode:
-        if self._level <= _QUICK_LEVELS:
+        if self._level in _ISAL_LEVELS:
             try:
                 from isal import igzip_lib
             except ImportError:
                 pass
             else:
-                return lambda data, level=self._level: igzip_lib.compress(  # type: ignore[misc]
+                return lambda data, level=_ISAL_LEVELS[self._level]: igzip_lib.compress(  # type: ignore[misc]
                     data, level, igzip_lib.COMP_DEFLATE, igzip_lib.MEM_LEVEL_DEFAULT, WINDOW_BITS
                 )
         import zlib

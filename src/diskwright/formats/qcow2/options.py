@@ -12,7 +12,7 @@ from diskwright.formats.qcow2.layout import CACHE_BYTES
 class Qcow2Options:
     cache_size: int = option(SIZE, "most bytes of metadata tables kept in memory", default=CACHE_BYTES)
     compression_level: int | None = option(
-        INT, "how hard clusters are compressed: 1, the quickest, to 9 (zlib; 6 gives qemu-img's sizes) or 19 (zstd)",
+        INT, "how hard clusters are compressed: zlib 1 to 9 (3; 6 gives qemu-img's sizes), zstd 1 to 19 (1)",
         default=None,
     )  # fmt: skip
     repair: bool = option(
