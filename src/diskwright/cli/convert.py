@@ -111,7 +111,6 @@ def run(args: argparse.Namespace) -> int:
     from diskwright.core.driver import COMPRESSION
     from diskwright.engine.compress import CompressedConversion
     from diskwright.engine.convert import Conversion
-    from diskwright.engine.copy import WORKERS
 
     with common.graph_of(args) as graph, Interruption() as interruption:
         sources = [
@@ -144,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
             total,
             target_is_zero=new and _reads_zero(target, args),
             sparse=wish.sparse,
-            workers=wish.workers or (0 if wish.compress else WORKERS),
+            workers=wish.workers,
             speed=wish.speed,
             stop=lambda: interruption.signal != 0,
         )

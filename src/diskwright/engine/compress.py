@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
@@ -11,8 +10,8 @@ from diskwright.core.leases import Leases
 from diskwright.core.node import Node
 from diskwright.core.status import status
 from diskwright.engine.clock import Clock
-from diskwright.engine.convert import Conversion, copy_failed
-from diskwright.engine.copy import CHUNK, MAX_WORKERS, Copier, Range, ReadFailed, WriteFailed, run_plan
+from diskwright.engine.convert import Conversion, coding_workers, copy_failed
+from diskwright.engine.copy import CHUNK, Copier, Range, ReadFailed, WriteFailed, run_plan
 from diskwright.engine.lookup import ABSENT, Run, lookup
 from diskwright.engine.zeros import is_zero, zero_runs
 from diskwright.errors import DiskwrightError
@@ -21,11 +20,6 @@ from diskwright.units import SECTOR, align_down, align_up
 
 MAX_UNIT: Final = CHUNK
 """The largest cluster of a target that is compressed to; workers have buffers of this size."""
-
-
-def default_workers() -> int:
-    """One more than there are processors: while one writes, or waits for its turn, the others compress."""
-    return min(MAX_WORKERS, len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else 4)
 
 
 class CompressingCopier(Copier):
@@ -176,7 +170,7 @@ class CompressedConversion(Conversion):
     """
 
     def __init__(self, *arguments: Any, workers: int = 0, in_order: bool = True, **options: Any) -> None:
-        super().__init__(*arguments, workers=workers or default_workers(), **options)
+        super().__init__(*arguments, workers=workers or coding_workers(), **options)
         self.in_order = in_order
         self.unit = self.target.cluster_size
         if not 0 < self.unit <= MAX_UNIT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Final, NoReturn
@@ -9,13 +10,17 @@ from typing import Final, NoReturn
 from diskwright.core.leases import Leases
 from diskwright.core.node import Node
 from diskwright.engine.clock import Clocks
-from diskwright.engine.copy import CHUNK, WORKERS, Copier, Range, ReadFailed, data_plan, run_plan
+from diskwright.engine.copy import CHUNK, MAX_WORKERS, WORKERS, Copier, Range, ReadFailed, data_plan, run_plan
 from diskwright.engine.rate import RateLimit
 from diskwright.engine.zeros import SPARSE
 from diskwright.errors import DiskwrightError, JobError
-from diskwright.units import SECTOR, align_up
+from diskwright.extents import SPECIAL
+from diskwright.units import SECTOR, MiB, align_up
 
 _PAGE: Final = 4096
+
+_SAMPLES: Final = 8
+_SAMPLE: Final = 4 * MiB
 
 
 class CopyFailed(JobError):
@@ -33,6 +38,7 @@ class Conversion:
     ``total``           bytes there will be to copy, for ``progress``
     ``target_is_zero``  the target reads as zeros everywhere: it is new, or the user says so
     ``sparse``          see ``Copier``
+    ``workers``         threads; 0: as many as suit the source
     ``stop``            asked between two ranges; when it is true the copying ends there
     """
 
@@ -44,7 +50,7 @@ class Conversion:
         *,
         target_is_zero: bool,
         sparse: int = SPARSE,
-        workers: int = WORKERS,
+        workers: int = 0,
         speed: int = 0,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -96,7 +102,7 @@ class Conversion:
         run_plan(
             copier,
             self._ranges(source, offset, end, base, chunk, copier.unit),
-            workers=self.workers,
+            workers=self.workers or self._suited(source),
             rate=self.rate,
             stop=self.stop,
             done=lambda at, length: self._reached(start + at + length),
@@ -112,9 +118,30 @@ class Conversion:
                 begin = max(at, offset)
                 yield begin, at + length - begin
 
+    def _suited(self, source: Node) -> int:
+        """How many workers suit ``source``: decoding keeps processors busy, copying only the medium."""
+        with self.leases.held():
+            return coding_workers() if _has_stored_units(source) else WORKERS
+
     def _reached(self, position: int) -> None:
         with self._lock:
             self._position = max(self._position, position)
+
+
+def coding_workers() -> int:
+    """How many workers compress, or decode: enough that processors have work while some of them wait for the medium, or
+    for their turn to write."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MAX_WORKERS, 2 * processors + 2)
+
+
+def _has_stored_units(source: Node) -> bool:
+    """Whether reading ``source`` means decoding, judged by a few samples of its own map."""
+    step = max(1, source.size // _SAMPLES)
+    return any(
+        bool((source.extents(at, min(_SAMPLE, source.size - at)).kind == SPECIAL).any())
+        for at in range(0, source.size, step)
+    )
 
 
 def copy_failed(offset: int, length: int, error: Exception) -> NoReturn:
