@@ -26,6 +26,7 @@ class Settings:
     durable_rounds: int = 2
     mirror_rounds: int = 3
     writes_per_second: float = 2000
+    compressed_system: int = 1 << 30  # qemu-img compresses some 60 MB a second
     # check
     table_disk: int = 1 << 40
     start_rounds: int = 15
@@ -45,6 +46,7 @@ QUICK: Final = Settings(
     file_system=1 << 30,
     durable_rounds=0,
     mirror_rounds=1,
+    compressed_system=256 << 20,
     table_disk=128 << 30,
     start_rounds=5,
 )

@@ -15,10 +15,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from diskwright.core.disk import Disk
-from diskwright.core.driver import CheckReport
+from diskwright.core.driver import COMPRESSION, CheckReport, not_supported
 from diskwright.core.graph import Graph, Spec
 from diskwright.core.node import FormatNode, Node, below_filters, format_of
 from diskwright.core.permissions import ALL, READ, WRITE, Access
+from diskwright.core.registry import find
 from diskwright.errors import JobError
 
 if TYPE_CHECKING:
@@ -96,15 +97,17 @@ def open_target(
     options: Mapping[str, object] | None = None,
     existing: bool = False,
     cache: str | None = None,
+    opening: Mapping[str, object] | None = None,
 ) -> Node:
     """The node a copy of ``size`` bytes is to be written to, held for the caller: a new image, or with ``existing`` one
-    that is there already."""
+    that is there already. ``options`` are for creating it, ``opening`` for opening it."""
     if not existing:
         from diskwright.core.create import create_image, refuse_to_overwrite
 
         refuse_to_overwrite(graph, filename)
         create_image(filename, format, {"size": size, **(options or {})}, gate=graph.gate, sparing=graph)
-    return graph.open(filename, driver=format, writable=True, cache=cache)
+    spec = {"driver": format, "filename": filename, **opening} if opening else filename
+    return graph.open(spec, driver=format, writable=True, cache=cache)
 
 
 class Mirror:
@@ -267,22 +270,32 @@ def convert(
     format: str | None = None,
     options: Mapping[str, object] | None = None,
     sparse: int = 4096,
+    compress: bool | int = False,
     gate: Gate | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Copies an image into a new one of ``format`` (default: by its ending, else raw), durable when this returns.
 
+    ``compress``: write compressed clusters, at a level when it is a number: 1 (the quickest) to 9, with zstd to 19; see
+    ``docs/cli.md``. OSError with ENOTSUP where the format has none.
+
     ``progress`` is called with (done, all) some times a second. A target that could not be completed is left as it
     is. Raises ImageError or OSError.
     """
+    from diskwright.engine.compress import CompressedConversion
     from diskwright.engine.convert import Conversion, CopyFailed
 
     graph = Graph(gate)
     try:
         node = graph.open(_spec(source), driver=source_format)
         name = os.fspath(target)
-        new = open_target(graph, name, node.size, format=format or format_by_name(name, "raw"), options=options)
-        work = Conversion(new, graph.leases, node.size, target_is_zero=new.zero_init, sparse=sparse)
+        driver = format or format_by_name(name, "raw")
+        if compress is not False and not getattr(find(driver), "compresses", False):
+            raise not_supported(COMPRESSION)
+        opening = {} if isinstance(compress, bool) else {"compression-level": compress}
+        new = open_target(graph, name, node.size, format=driver, options=options, opening=opening)
+        kind = Conversion if compress is False else CompressedConversion
+        work = kind(new, graph.leases, node.size, target_is_zero=new.zero_init, sparse=sparse)
         with _reporting(work.progress, progress):
             work.copy(node, 0)
             new.flush()

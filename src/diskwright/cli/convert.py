@@ -6,6 +6,7 @@ import argparse
 import signal
 import threading
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
@@ -30,8 +31,10 @@ MAX_SPARSE: Final = 16 * MiB
 """Largest run of zeros that can be asked for with ``-S``: a copy looks at no more than this at a time."""
 
 
+MAX_LEVEL: Final = 9
+MAX_ZSTD_LEVEL: Final = 19
+
 _UNSUPPORTED: Final = {
-    "compress": "-c: compressed images cannot be written yet",
     "bitmaps": "--bitmaps: persistent bitmaps cannot be copied yet",
     "skip_broken_bitmaps": "--skip-broken-bitmaps: persistent bitmaps cannot be copied yet",
     "salvage": "--salvage: unreadable ranges cannot be skipped yet",
@@ -50,6 +53,8 @@ class Wish:
     sparse: int
     speed: int
     workers: int
+    compress: bool
+    level: int | None
     source_cache: str | None
     target_cache: str
 
@@ -75,12 +80,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cache mode for writing; with 'unsafe' the command does not wait until the copy is on the medium",
     )  # fmt: skip
     parser.add_argument("-m", dest="workers", metavar="N", help=f"parallel workers, 1 to {MAX_WORKERS}")
-    parser.add_argument("-W", dest="out_of_order", action="store_true", help="accepted; the order is free anyway")
+    parser.add_argument("-c", dest="compress", action="store_true", help="compress the target's clusters")
+    parser.add_argument(
+        "--compression-level", dest="level", metavar="N",
+        help=f"with -c: from 1, the quickest, to {MAX_LEVEL} with zlib (default 3; 6 gives the sizes of qemu-img), to "
+        f"{MAX_ZSTD_LEVEL} with zstd (default 1; 3 gives the sizes of qemu-img)",
+    )  # fmt: skip
+    parser.add_argument(
+        "-W", dest="out_of_order", action="store_true",
+        help="with -c: place clusters as they come, not in their order; without, the order is free anyway",
+    )  # fmt: skip
     parser.add_argument("-C", dest="offload", action="store_true", help="accepted; the kernel copies where it can")
     parser.add_argument("-r", dest="rate", metavar="RATE", help="limit in bytes per second")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     common.add_progress(parser)
-    for flag, name in (("-c", "compress"), ("--bitmaps", "bitmaps"), ("--skip-broken-bitmaps", "skip_broken_bitmaps"),
+    for flag, name in (("--bitmaps", "bitmaps"), ("--skip-broken-bitmaps", "skip_broken_bitmaps"),
                        ("--salvage", "salvage")):  # fmt: skip
         parser.add_argument(flag, dest=name, action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("-l", dest="snapshot", help=argparse.SUPPRESS)
@@ -94,8 +108,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     wish = _wish(args, options)
     from diskwright.core.create import refuse_to_overwrite
+    from diskwright.core.driver import COMPRESSION
+    from diskwright.engine.compress import CompressedConversion
     from diskwright.engine.convert import Conversion
-    from diskwright.engine.copy import WORKERS
 
     with common.graph_of(args) as graph, Interruption() as interruption:
         sources = [
@@ -110,20 +125,25 @@ def run(args: argparse.Namespace) -> int:
             for name in wish.sources
         ]
         total = sum(common.guest_size(source) for source in sources)
+        if wish.compress and not args.existing:
+            _require_compression(wish)
         if not args.existing:
             refuse_to_overwrite(graph, wish.target)
             _create(wish, total, args.gate, graph)
         target = _open_target(graph, wish, args)
         if target.size < total:
             raise Failure("output file is smaller than input file")
+        if wish.compress and not target.compresses:
+            raise Failure(COMPRESSION)
         new = not args.existing or args.target_is_zero
-        work = Conversion(
+        make = partial(CompressedConversion, in_order=not args.out_of_order) if wish.compress else Conversion
+        work = make(
             target,
             graph.leases,
             total,
             target_is_zero=new and _reads_zero(target, args),
             sparse=wish.sparse,
-            workers=wish.workers or WORKERS,
+            workers=wish.workers,
             speed=wish.speed,
             stop=lambda: interruption.signal != 0,
         )
@@ -136,12 +156,34 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _require_compression(wish: Wish) -> None:
+    """Raises Failure for what cannot be compressed, before there is a target."""
+    from diskwright.core.driver import COMPRESSION, Format
+    from diskwright.core.options import BOOL
+    from diskwright.core.registry import find
+
+    assert wish.target_format is not None
+    try:
+        driver = find(wish.target_format)
+    except OptionError:
+        return  # creating it will say so
+    if not issubclass(driver, Format) or not driver.compresses:
+        raise Failure(COMPRESSION)
+    if "encrypt.format" in wish.options or BOOL.parse("encryption", wish.options.get("encryption", False)):
+        raise Failure("Compression and encryption not supported at the same time")
+    if wish.options.get("preallocation", "off") != "off":
+        raise Failure("Compression and preallocation not supported at the same time")
+    method = wish.options.get("compression_type", "zlib")
+    if wish.level is not None and wish.level > MAX_LEVEL and method == "zlib":
+        raise Failure(f"--compression-level is 1 to {MAX_LEVEL} with zlib")
+
+
 def _create(wish: Wish, size: int, gate: str, sources: Graph) -> None:
     from diskwright.core.create import plan
 
     assert wish.target_format is not None
     options = {**wish.options, "size": size}
-    if not wish.sparse and "backing_file" not in options and _can_reserve(wish.target_format):
+    if not wish.sparse and not wish.compress and "backing_file" not in options and _can_reserve(wish.target_format):
         options.setdefault("preallocation", "falloc")
     try:
         creation = plan(wish.target, wish.target_format, options, gate=common.make_gate(gate))
@@ -179,6 +221,7 @@ def _open_target(graph: Graph, wish: Wish, args: argparse.Namespace) -> Node:
         image_opts=args.target_image_opts,
         writable=True,
         cache=wish.target_cache,
+        options=None if wish.level is None else {"compression-level": wish.level},
     )
 
 
@@ -257,12 +300,16 @@ def _wish(args: argparse.Namespace, options: str) -> Wish:
     workers, sparse, speed = _workers(args.workers), _sparse(args.sparse), _speed(args.rate)
     if args.existing and args.options:
         raise Failure("-o has no effect when skipping image creation")
+    if args.offload and args.compress:
+        raise Failure("Cannot enable copy offloading when -c is used")
     if args.offload and args.sparse is not None:
         raise Failure("Cannot enable copy offloading when -S is used")
     if args.target_is_zero and not args.existing:
         raise Failure("--target-is-zero requires use of -n flag")
     if args.target_is_zero and args.backing_file is not None:
         raise Failure("Cannot use --target-is-zero when the destination image has a backing file")
+    if args.level is not None and not args.compress:
+        raise Failure("--compression-level requires use of -c flag")
     if len(args.names) < 2:
         raise Failure("Must specify image file name")
     if args.target_image_opts and not args.existing:
@@ -286,6 +333,8 @@ def _wish(args: argparse.Namespace, options: str) -> Wish:
         sparse,
         speed,
         workers,
+        args.compress,
+        _level(args.level),
         common.cache_mode(args.source_cache, "source cache"),
         common.cache_mode(args.target_cache, "cache") or "writeback",
     )
@@ -296,6 +345,14 @@ def _workers(text: str | None) -> int:
         return 0
     if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MAX_WORKERS):
         raise Failure(f"Invalid number of coroutines. Allowed number of coroutines is between 1 and {MAX_WORKERS}")
+    return int(text)
+
+
+def _level(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MAX_ZSTD_LEVEL):
+        raise Failure(f"Invalid compression level '{text}': it is 1 to {MAX_LEVEL}, or with zstd to {MAX_ZSTD_LEVEL}")
     return int(text)
 
 

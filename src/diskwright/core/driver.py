@@ -21,7 +21,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Self
 
 from diskwright.core.leases import Leases
 from diskwright.core.options import NoOptions
@@ -30,6 +30,8 @@ from diskwright.extents import DATA, Extent, Extents
 
 if TYPE_CHECKING:
     from diskwright.core.node import Node
+
+COMPRESSION: Final = "Compression not supported for this file format"
 
 Segment = tuple[int, memoryview]
 """``(offset, buffer)``: the bytes of ``buffer`` belong at ``offset``; the length is the buffer's."""
@@ -163,7 +165,7 @@ class Reservation(ABC):
     """
 
     extents: Sequence[Extent]
-    """DATA runs that cover the write exactly, in order."""
+    """DATA runs that cover the write exactly, in order; of ``Format.reserve_stored`` SPECIAL ones."""
     fills: Sequence[Extent] = ()
     """DATA runs outside the write (the rest of newly taken clusters) that the caller must fill with what
     the guest reads there now."""
@@ -299,6 +301,8 @@ class Format(ABC):
     cluster_size: int
     """Allocation unit in bytes; 1 where there is none."""
     backing: BackingHint | None = None
+    compresses: bool = False
+    """Whether clusters can be written compressed: ``encode`` and ``reserve_stored`` are there."""
     linear: int | None = None
     """When guest byte ``x`` always lies at ``linear + x`` of child 0, that distance: the node then asks
     no further. None for every other map."""
@@ -365,6 +369,19 @@ class Format(ABC):
         It waits while another reservation is open on a cluster it needs, so a caller has at most one open.
         """
         raise not_supported(f"Format '{self.name}' is read-only")
+
+    def encode(self, data: memoryview) -> bytes | None:
+        """The guest bytes of one whole cluster (the disk's last one filled up with zeros) as they would be stored; None
+        when that is not smaller. Touches nothing but ``data``, and lets other threads run meanwhile."""
+        raise not_supported(COMPRESSION)
+
+    def reserve_stored(self, units: Sequence[tuple[int, int]]) -> Reservation:
+        """Places for stored units, ``(guest offset of the cluster, stored length)`` each, in ascending order.
+
+        The reservation has one SPECIAL extent for each unit it covers, which may be fewer than asked, but not none.
+        ``stored`` is the unit's length or more: the caller fills the rest with zeros. Otherwise as ``reserve``.
+        """
+        raise not_supported(COMPRESSION)
 
     def zero(self, offset: int, length: int, *, unmap: bool) -> tuple[int, int]:
         """Makes the map say that some of the range reads as zeros: ``(offset, length)`` of what it truly

@@ -15,10 +15,13 @@ from __future__ import annotations
 
 import errno
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from diskwright.core.compression import StoredWriter, read_stored
 from diskwright.core.driver import (
+    COMPRESSION,
     FilePlace,
     Filter,
     Format,
@@ -29,7 +32,7 @@ from diskwright.core.driver import (
     Storage,
     not_supported,
 )
-from diskwright.errors import CorruptImage, GraphError
+from diskwright.errors import GraphError
 from diskwright.extents import DATA, SPECIAL, UNALLOCATED, ZERO, Extent, Extents
 from diskwright.units import MiB
 
@@ -38,9 +41,6 @@ if TYPE_CHECKING:
 
 ZEROS: Final = memoryview(bytes(MiB))
 """What zeros are copied from; long ranges are written this much at a time."""
-
-MAX_STORED: Final = 64 * MiB
-"""The longest stored unit of a SPECIAL extent that is read: above the largest cluster or chunk any format has."""
 
 
 class Node(ABC):
@@ -143,6 +143,24 @@ class Node(ABC):
         finally:
             for bitmap in self.bitmaps:
                 bitmap.set_segments(segments)
+
+    @property
+    def compresses(self) -> bool:
+        """Whether ``write_compressed`` is possible."""
+        return False
+
+    def write_compressed(self, segments: Segments, *, turn: Callable[[], None] | None = None) -> None:
+        """Writes whole clusters, each compressed, or as it is where that makes it no smaller. Segments begin and end
+        where clusters do, or at the end of the disk. ``turn`` is called when all have been compressed and nothing has
+        been written. Raises ENOTSUP, naming compression, where the format has none."""
+        try:
+            self._write_compressed(segments, turn)
+        finally:
+            for bitmap in self.bitmaps:
+                bitmap.set_segments(segments)
+
+    def _write_compressed(self, segments: Segments, turn: Callable[[], None] | None) -> None:
+        raise not_supported(COMPRESSION)
 
     def write_zeros(self, offset: int, length: int, *, unmap: bool = False, fast: bool = False) -> None:
         """Makes the whole range read as zeros. ``unmap`` lets space be given back; ``fast`` raises ENOTSUP
@@ -365,20 +383,30 @@ class FormatNode(Node):
         extent_at = form.extent_at
         direct: list[Segment] = []  # in child 0
         others: dict[int, list[Segment]] = {}  # by child; -1 is the backing node
+        special: list[tuple[Extent, memoryview]] = []
         for offset, buffer in segments:
             length = len(buffer)
             run = extent_at(offset, length)
             if run[1] == length and run[2] == DATA and run[4] == 0:
                 direct.append((run[3], buffer))
             else:
-                self._follow(run, buffer, direct, others)
+                self._follow(run, buffer, direct, others, special)
         if direct:
             form.children[0].readv(direct, nowait=nowait)
         for child, wanted in others.items():
             self._child(child).readv(wanted, nowait=nowait)
+        if special:
+            read_stored(form, special, nowait)
         return None
 
-    def _follow(self, run: Extent, buffer: memoryview, direct: list[Segment], others: dict[int, list[Segment]]) -> None:
+    def _follow(
+        self,
+        run: Extent,
+        buffer: memoryview,
+        direct: list[Segment],
+        others: dict[int, list[Segment]],
+        special: list[tuple[Extent, memoryview]],
+    ) -> None:
         """Sorts the runs of one request, of which ``run`` is the first, by where they are read."""
         done, length = 0, len(buffer)
         while True:
@@ -389,7 +417,7 @@ class FormatNode(Node):
             elif run.kind == UNALLOCATED and self.backing is not None:
                 self._follow_backing(run.offset, part, others.setdefault(-1, []))
             elif run.kind == SPECIAL:
-                self._decode(run, part)
+                special.append((run, part))
             else:
                 fill_zeros(part)
             done += run.length
@@ -405,13 +433,6 @@ class FormatNode(Node):
             wanted.append((offset, part[:inside]))
         if inside < len(part):
             fill_zeros(part[inside:])
-
-    def _decode(self, run: Extent, part: memoryview) -> None:
-        if not 0 < run.stored <= MAX_STORED:
-            raise CorruptImage(self.filename, "stored length", run.stored, run.file_offset, "not a possible length")
-        raw = bytearray(run.stored)
-        self.format.children[run.child].readv([(run.file_offset, memoryview(raw))])
-        self.format.decode(run, memoryview(raw), part)
 
     def _child(self, index: int) -> Node:
         if index >= 0:
@@ -442,6 +463,20 @@ class FormatNode(Node):
         if direct:
             target.writev(direct)
         return None
+
+    @property
+    def compresses(self) -> bool:
+        return self.format.compresses
+
+    def _write_compressed(self, segments: Segments, turn: Callable[[], None] | None) -> None:
+        if not self.format.compresses:
+            raise not_supported(COMPRESSION)
+        writer = StoredWriter(self.format, segments)
+        if turn is not None:
+            turn()
+        writer.write()
+        if writer.plain:
+            self._writev(writer.plain)
 
     def _write_new(self, offset: int, buffer: memoryview) -> None:
         """A write for which the map has to change: reserve, move the bytes, publish or abort."""

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Final, NoReturn
 
 from diskwright.core.leases import Leases
 from diskwright.core.node import Node
 from diskwright.engine.clock import Clocks
-from diskwright.engine.copy import CHUNK, WORKERS, Copier, Range, ReadFailed, data_plan, run_plan
+from diskwright.engine.copy import CHUNK, MAX_WORKERS, WORKERS, Copier, Range, ReadFailed, data_plan, run_plan
 from diskwright.engine.rate import RateLimit
 from diskwright.engine.zeros import SPARSE
-from diskwright.errors import JobError
+from diskwright.errors import DiskwrightError, JobError
+from diskwright.extents import SPECIAL
+from diskwright.units import SECTOR, MiB, align_up
 
 _PAGE: Final = 4096
+
+_SAMPLES: Final = 8
+_SAMPLE: Final = 4 * MiB
 
 
 class CopyFailed(JobError):
@@ -32,6 +38,7 @@ class Conversion:
     ``total``           bytes there will be to copy, for ``progress``
     ``target_is_zero``  the target reads as zeros everywhere: it is new, or the user says so
     ``sparse``          see ``Copier``
+    ``workers``         threads; 0: as many as suit the source
     ``stop``            asked between two ranges; when it is true the copying ends there
     """
 
@@ -43,7 +50,7 @@ class Conversion:
         *,
         target_is_zero: bool,
         sparse: int = SPARSE,
-        workers: int = WORKERS,
+        workers: int = 0,
         speed: int = 0,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -67,12 +74,23 @@ class Conversion:
             shared = min(base.size, source.size)
             self._part(source, start, 0, shared, base)
             self._part(source, start, shared, source.size, None)
+        self._fill_sector(start + source.size)
         self._reached(start + source.size)
 
     def copy_part(self, source: Node, offset: int, length: int) -> None:
         """Copies only that range of ``source``, to the beginning of the target. Raises CopyFailed."""
         self._part(source, -offset, offset, offset + length, None)
         self._reached(length)
+
+    def _fill_sector(self, end: int) -> None:
+        """What a source lacks of its last sector reads as zeros, so that is what the target gets there."""
+        stop = min(align_up(end, SECTOR), self.target.size)
+        if stop > end and not self.target_is_zero and not self.stop():
+            try:
+                with self.leases.held():
+                    self.target.write_zeros(end, stop - end)
+            except (OSError, DiskwrightError) as error:
+                raise CopyFailed("write", end, error) from error
 
     def _part(self, source: Node, start: int, offset: int, end: int, base: Node | None) -> None:
         # At a low rate smaller pieces keep the copy going evenly, and ``stop`` from being waited for.
@@ -89,11 +107,11 @@ class Conversion:
         run_plan(
             copier,
             self._ranges(source, offset, end, base, chunk, copier.unit),
-            workers=self.workers,
+            workers=self.workers or self._suited(source),
             rate=self.rate,
             stop=self.stop,
             done=lambda at, length: self._reached(start + at + length),
-            failed=_failed,
+            failed=copy_failed,
             clocks=self.clocks,
             chunk=chunk,
         )
@@ -105,11 +123,33 @@ class Conversion:
                 begin = max(at, offset)
                 yield begin, at + length - begin
 
+    def _suited(self, source: Node) -> int:
+        """How many workers suit ``source``: decoding keeps processors busy, copying only the medium."""
+        with self.leases.held():
+            return coding_workers() if _has_stored_units(source) else WORKERS
+
     def _reached(self, position: int) -> None:
         with self._lock:
             self._position = max(self._position, position)
 
 
-def _failed(offset: int, length: int, error: Exception) -> None:
+def coding_workers() -> int:
+    """How many workers compress, or decode: enough that processors have work while some of them wait for the medium, or
+    for their turn to write."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MAX_WORKERS, 2 * processors + 2)
+
+
+def _has_stored_units(source: Node) -> bool:
+    """Whether reading ``source`` means decoding, judged by a few samples of its own map."""
+    step = max(1, source.size // _SAMPLES)
+    return any(
+        bool((source.extents(at, min(_SAMPLE, source.size - at)).kind == SPECIAL).any())
+        for at in range(0, source.size, step)
+    )
+
+
+def copy_failed(offset: int, length: int, error: Exception) -> NoReturn:
+    """Raises CopyFailed for a range's ReadFailed or WriteFailed."""
     cause = error.__cause__ or error
     raise CopyFailed("read" if isinstance(error, ReadFailed) else "write", offset, cause) from cause

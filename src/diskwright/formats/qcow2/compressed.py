@@ -33,6 +33,9 @@ class Decoder:
 
     def decode(self, extent: Extent, raw: memoryview, into: memoryview) -> None:
         """See ``Format.decode``."""
+        if len(into) == self._cluster_size:  # nothing of it is left to be asked for
+            into[:] = self._cluster(extent, raw)
+            return
         kept = self._kept.get(extent.file_offset)
         # Comparing is much cheaper than decoding, and needs no rule for when a place has been used anew.
         if kept is None or kept[0] != raw:
@@ -75,6 +78,10 @@ class Decoder:
     def _unzstd(self, raw: memoryview) -> bytes:
         if self._decoder is None:
             self._decoder = _zstd_decompressor(self._path)
+        frame = self._decoder()
+        piece = frame.decompress(raw, self._cluster_size)
+        if len(piece) == self._cluster_size:
+            return bytes(piece)
         out = bytearray()
         while len(out) < self._cluster_size and len(raw):
             # A writer may have split a cluster into frames; each has its own decompressor.

@@ -25,12 +25,13 @@ from diskwright.extents import Extent, Extents
 from diskwright.formats.qcow2 import header as fields
 from diskwright.formats.qcow2.caches import Cleaner, budgets, check_options
 from diskwright.formats.qcow2.compressed import Decoder
+from diskwright.formats.qcow2.encoding import Encoder
 from diskwright.formats.qcow2.header import Header, read_header
 from diskwright.formats.qcow2.layout import MAGIC
 from diskwright.formats.qcow2.options import Qcow2AmendOptions, Qcow2CreateOptions, Qcow2Options
+from diskwright.formats.qcow2.packing import PackingWriter
 from diskwright.formats.qcow2.refcounts import Refcounts
 from diskwright.formats.qcow2.subclusters import SubclusterMapping, open_mapping
-from diskwright.formats.qcow2.writing import Writer
 
 DATA_FILE_ROLE: Final = "data-file"
 
@@ -48,6 +49,7 @@ class Qcow2(Format):
     create_options = Qcow2CreateOptions
     amend_options = Qcow2AmendOptions
     has_backing = True
+    compresses = True
     suffixes = (".qcow2", ".qcow")
     roles = (DATA_FILE_ROLE,)
 
@@ -63,7 +65,9 @@ class Qcow2(Format):
         self.children = (file,) if data_file is None else (file, data_file)
         self.data_child = len(self.children) - 1
         self._options, self._leases = options, leases
-        self.writer: Writer | None = None
+        # What is stored in a data file is the guest's bytes as they are.
+        self.compresses = header.data_file is None
+        self.writer: PackingWriter | None = None
         self._cleaner: Cleaner | None = None
         self._set_up(header)
 
@@ -79,6 +83,7 @@ class Qcow2(Format):
         self._budgets = budgets(options, writable=self._leases is not None)
         self.mapping = open_mapping(file, header, self._budgets.l2)
         self._decoder = Decoder(file.filename, header.compression, self.cluster_size)
+        self._encoder = Encoder(file.filename, header.compression, self.cluster_size, options.compression_level)
         if header.data_file is not None and not self.data_child:
             return  # opened to look at its metadata; look-ups go to the methods below, which say so
         # The look-ups go straight to where they are answered: they are the hot path.
@@ -139,7 +144,7 @@ class Qcow2(Format):
             data_file = self.children[1] if self.data_child else None
             self.writer = SubclusterWriter(file, header, mapping, refcounts, self._leases, places, data_file)
         else:
-            self.writer = Writer(file, header, mapping, refcounts, self._leases, places)
+            self.writer = PackingWriter(file, header, mapping, refcounts, self._leases, places)
         self.writer.pass_requests, self.writer.pass_others = options.pass_discard_request, options.pass_discard_other
         self.writer.keeps_places = options.discard_no_unref
         self.in_place = self.writer.in_place  # type: ignore[method-assign]
@@ -185,6 +190,16 @@ class Qcow2(Format):
             self._mark_corrupt()
             raise
 
+    def encode(self, data: memoryview) -> bytes | None:
+        return self._encoder.encode(data)
+
+    def reserve_stored(self, units: Sequence[tuple[int, int]]) -> Reservation:
+        try:
+            return self._writing().reserve_stored(units)
+        except CorruptImage:
+            self._mark_corrupt()
+            raise
+
     def zero(self, offset: int, length: int, *, unmap: bool) -> tuple[int, int]:
         try:
             return self._writing().zero(offset, length, unmap=unmap)
@@ -219,7 +234,7 @@ class Qcow2(Format):
         else:
             self.writer.checkpoint()
 
-    def _writing(self) -> Writer:
+    def _writing(self) -> PackingWriter:
         if self._options.repair:
             raise self._without_data()
         if self.writer is None:

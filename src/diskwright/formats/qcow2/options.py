@@ -30,6 +30,10 @@ class Qcow2Options:
     pass_discard_snapshot: bool = option(BOOL, "tell it of clusters a deleted snapshot had", default=True)
     pass_discard_other: bool = option(BOOL, "tell it of all others that became free", default=False)
     discard_no_unref: bool = option(BOOL, "clusters keep their place when they are discarded", default=False)
+    compression_level: int | None = option(
+        INT, "how hard clusters are compressed: zlib 1 to 9 (3; 6 gives qemu-img's sizes), zstd 1 to 19 (1)",
+        default=None,
+    )  # fmt: skip
     repair: bool = option(
         BOOL, "open for check and repair only: also when the image is marked corrupt or dirty", default=False
     )

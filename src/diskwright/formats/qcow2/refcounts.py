@@ -62,6 +62,11 @@ class Refcounts:
         self._slice_mask = (1 << g.ref_slice_bits) - 1
         self._block_to_slice = g.block_bits - g.ref_slice_bits
         self._hint = 0  # no cluster below is free
+        self.most = (1 << (1 << order)) - 1
+        """The largest refcount there can be."""
+        self.packing = -1
+        """The host cluster that stored units are being packed into; -1 when there is none. It is left as soon as
+        it is free, or about to be: nobody may be given room in a cluster that then becomes somebody else's."""
         self.is_metadata: Callable[[int, int], bool] = _nothing
         """``(cluster, count)``: whether one of them holds metadata we know of. Guards against images that count
         a cluster in use as free."""
@@ -125,16 +130,21 @@ class Refcounts:
                 left = self.get(cluster)
                 if left:
                     self._set(cluster, left - 1)
-                    if left == 1 and cluster < self._hint:
-                        self._hint = cluster
+                    if left == 1:
+                        self._hint = min(self._hint, cluster)
+                        if cluster == self.packing:
+                            self.packing = -1
 
     def unshared(self, runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        """The parts of ``runs`` that one release will free."""
+        """The parts of ``runs`` that one release will free. The caller may discard them: from now on no unit
+        is packed there."""
         freed: list[tuple[int, int]] = []
         for first, count in runs:
             for cluster in range(first, first + count):
                 if self.get(cluster) != 1:
                     continue
+                if cluster == self.packing:
+                    self.packing = -1
                 if freed and sum(freed[-1]) == cluster:
                     freed[-1] = freed[-1][0], freed[-1][1] + 1
                 else:
@@ -224,8 +234,16 @@ class Refcounts:
             self._hint = min(hint, first)
         return first
 
+    def add(self, cluster: int) -> None:
+        """One reference more to a cluster that is in use, and has fewer than ``most``."""
+        count = self.get(cluster)
+        assert 0 < count < self.most
+        self._set(cluster, count + 1)
+
     def _take(self, first: int, count: int) -> None:
         end, bits = first + count, self.geometry.ref_slice_bits
+        if first <= self.packing < end:
+            self.packing = -1
         while first < end:
             number = first >> bits
             stop = min(end, (number + 1) << bits)

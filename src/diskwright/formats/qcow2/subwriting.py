@@ -24,9 +24,10 @@ from diskwright.errors import CorruptImage
 from diskwright.extents import DATA, Extent
 from diskwright.formats.qcow2.header import Header
 from diskwright.formats.qcow2.layout import ALL_SUBCLUSTERS, COMPRESSED, COPIED, SUBCLUSTER_BITS, ZERO
+from diskwright.formats.qcow2.packing import PackingWriter
 from diskwright.formats.qcow2.refcounts import Refcounts
 from diskwright.formats.qcow2.subclusters import SubclusterMapping, parts_of
-from diskwright.formats.qcow2.writing import InPlace, PlacedClusters, Writer, steps
+from diskwright.formats.qcow2.writing import InPlace, PlacedClusters, steps
 
 _NOWHERE = (-1, 0)
 
@@ -49,7 +50,7 @@ _Change = Callable[[_State, int], "tuple[bool, int, int]"]
 """Given a cluster's state and a mask of parts: ``(keeps its place, alloc, zero)`` afterwards."""
 
 
-class SubclusterWriter(Writer):
+class SubclusterWriter(PackingWriter):
     """The writing side of an image whose map is a ``SubclusterMapping``. Thread-safe."""
 
     map: SubclusterMapping
@@ -142,6 +143,9 @@ class SubclusterWriter(Writer):
             places[2 * index] = state.place
             places[2 * index + 1] = state.alloc
         return state.place, state.alloc
+
+    def _forget_place(self, places: array[int], index: int) -> None:
+        places[2 * index + 1] = 0
 
     def _places_of(self, number: int) -> array[int]:
         places = self._places.get(number)

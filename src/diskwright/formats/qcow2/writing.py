@@ -41,7 +41,14 @@ class InPlace(Reservation):
         return
 
 
-class PlacedClusters(Reservation):
+class Placed(Reservation):
+    """Of guest clusters ``first`` to ``last``, which no other reservation may have meanwhile."""
+
+    first: int
+    last: int
+
+
+class PlacedClusters(Placed):
     """Guest clusters ``first`` to ``last`` on their way to the host clusters from ``place`` on."""
 
     def __init__(self, writer: Writer, first: int, last: int, place: int, *, kept: bool) -> None:
@@ -75,7 +82,7 @@ class Writer(Ordering):
         self.keeps_places = False
         """Whether clusters keep their place when they are discarded (option ``discard-no-unref``)."""
         self._turn = threading.Condition(self.lock)
-        self._open: list[PlacedClusters] = []  # reservations neither published nor aborted: few, one a writing thread
+        self._open: list[Placed] = []  # reservations neither published nor aborted: few, one a writing thread
         self._file_zero_init = file.zero_init
         self._owned: set[int] = set()  # L1 entries whose L2 table is known to be ours alone
         # Places proven to be writable: one array a slice, 0 where nothing is proven.
@@ -304,7 +311,7 @@ class Writer(Ordering):
             with suppress(Exception):  # what cannot be given back is leaked, and check will find it
                 self.refcounts.release([(placed.place >> self._cluster_bits, placed.last - placed.first + 1)])
 
-    def _close(self, placed: PlacedClusters) -> None:
+    def _close(self, placed: Placed) -> None:
         self._open.remove(placed)
         self.map.l2.unpin(placed.first >> self.geometry.slice_bits)
         self._turn.notify_all()
