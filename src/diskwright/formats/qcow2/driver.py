@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import struct
-from typing import Any
+from typing import Any, BinaryIO
 
 from diskwright.core.driver import CheckReport, Format, Info, OpenContext, Reservation
 from diskwright.core.leases import Leases
 from diskwright.core.node import Node
+from diskwright.core.snapshots import SnapshotInfo, Snapshots, VmState, find, find_any
 from diskwright.errors import CorruptImage, ImageError, UnsupportedFeature
 from diskwright.extents import Extent, Extents
 from diskwright.formats.qcow2 import header as fields
@@ -17,13 +18,14 @@ from diskwright.formats.qcow2.layout import MAGIC
 from diskwright.formats.qcow2.mapping import Mapping
 from diskwright.formats.qcow2.options import Qcow2CreateOptions, Qcow2Options
 from diskwright.formats.qcow2.refcounts import Refcounts
+from diskwright.formats.qcow2.snapshots import load_snapshots, view
 from diskwright.formats.qcow2.writing import Writer
 
 
-class Qcow2(Format):
+class Qcow2(Format, Snapshots):
     """A qcow2 image, version 2 or 3.
 
-    Read: every cluster size, zero and compressed clusters, images with internal snapshots or bitmaps.
+    Read: every cluster size, zero and compressed clusters, internal snapshots, images with bitmaps.
     Written: all of that except images with persistent bitmaps. Not opened at all: encrypted images, those
     with an external data file, and those with extended L2 entries.
     """
@@ -39,6 +41,9 @@ class Qcow2(Format):
         self.children = (file,)
         self._options, self._leases = options, leases
         self.writer: Writer | None = None
+        self.unsettled = b""
+        """Fields of the header that have to be in the file before anything else is written, because a write of them
+        failed; see ``switch``."""
         self._set_up(header)
 
     def _set_up(self, header: Header) -> None:
@@ -49,6 +54,9 @@ class Qcow2(Format):
         self.cluster_size = 1 << header.cluster_bits
         # A writer needs half of it: a quarter for refcounts, another for places it knows it may write to.
         self.mapping = Mapping(file, header, options.cache_size // (1 if self._leases is None else 2))
+        missing = header.geometry.l1_entries(header.size) - len(self.mapping.l1)
+        if missing > 0:  # only a snapshot's table can be shorter than its disk
+            self.mapping.l1.extend([0] * missing)
         self._decoder = Decoder(file.filename, header.compression, self.cluster_size)
         # The look-ups go straight to where they are answered: they are the hot path.
         self.extent_at = self.mapping.extent_at  # type: ignore[method-assign]
@@ -68,10 +76,22 @@ class Qcow2(Format):
     def open(cls, context: OpenContext, options: Qcow2Options) -> Qcow2:
         """See ``Format.open``. An image marked dirty is repaired when it is opened for writing."""
         header = read_header(context.file)
+        if options.shows_snapshot:
+            return cls._open_snapshot(context, options, header)
         image = cls(context.file, header, options, context.leases if context.writable else None)
         if context.writable:
             image._begin_writing()
         return image
+
+    @classmethod
+    def _open_snapshot(cls, context: OpenContext, options: Qcow2Options, header: Header) -> Qcow2:
+        if context.writable:
+            raise ImageError(f"{context.file.filename}: a snapshot can only be opened read-only")
+        table = load_snapshots(context.file, header)
+        infos = [snapshot.info(header) for snapshot in table]
+        wanted = infos if options.snapshot is None else [find_any(infos, options.snapshot)]
+        info = find(wanted, id=options.snapshot_id, name=options.snapshot_name)
+        return cls(context.file, view(context.file, header, table[infos.index(info)]), options, None)
 
     def _begin_writing(self) -> None:
         header, path, options = self.header, self.children[0].filename, self._options
@@ -105,6 +125,26 @@ class Qcow2(Format):
         if self.writer is not None:
             self._start_writer()
 
+    def switch(self, new: bytes, old: bytes) -> None:
+        """Puts ``new`` in place of ``old`` in the header, from the field ``size`` on, and goes on with what the image
+        is then. When that fails nobody knows which of the two is on the medium; so nothing is written to the image
+        before ``settle`` has made sure of ``old``."""
+        assert self.writer is not None
+        self.__dict__.pop("in_place", None)
+        self.unsettled = old
+        self.writer.write_header(fields.AT_SIZE, new)
+        self.unsettled = new
+        self.reload()
+        self.unsettled = b""
+
+    def settle(self) -> None:
+        """Ends the uncertainty after a failed ``switch``. Raises OSError when that fails too."""
+        if self.unsettled:
+            assert self.writer is not None
+            self.writer.write_header(fields.AT_SIZE, self.unsettled)
+            self.reload()
+            self.unsettled = b""
+
     def _clear_autoclear(self) -> None:
         """Whoever writes without knowing what a bit stands for has to clear it first."""
         header = self.header
@@ -136,12 +176,14 @@ class Qcow2(Format):
         if self.writer is None:
             self.children[0].flush()
         else:
+            self.settle()
             self.writer.checkpoint()
 
     def _writing(self) -> Writer:
         if self.writer is None or self._options.repair:
             why = "read-only" if self.writer is None else "for repair only"
             raise ImageError(f"{self.children[0].filename}: is open {why}")
+        self.settle()
         return self.writer
 
     # -- the whole -------------------------------------------------------------------------------
@@ -155,11 +197,13 @@ class Qcow2(Format):
     def resize(self, size: int, *, preallocation: str = "off") -> None:
         from diskwright.formats.qcow2.resize import resize
 
+        self.settle()
         resize(self, size, preallocation)
 
     def check(self, repair: str) -> CheckReport:
         from diskwright.formats.qcow2.check import check
 
+        self.settle()
         return check(self, repair)
 
     def info(self) -> Info:
@@ -178,6 +222,42 @@ class Qcow2(Format):
             specific=specific,
         )
 
+    # -- snapshots -------------------------------------------------------------------------------
+
+    def snapshots(self) -> list[SnapshotInfo]:
+        """See ``Snapshots.snapshots``. Raises CorruptImage, LimitExceeded."""
+        header = read_header(self.children[0])
+        return [snapshot.info(header) for snapshot in load_snapshots(self.children[0], header)]
+
+    def create_snapshot(self, name: str, *, vm_state: VmState | None = None) -> SnapshotInfo:
+        from diskwright.formats.qcow2.changes import create
+
+        self.settle()
+        return create(self, name, vm_state)
+
+    def apply_snapshot(self, id: str) -> None:
+        from diskwright.formats.qcow2.changes import apply
+
+        self.settle()
+        apply(self, id)
+
+    def delete_snapshot(self, id: str) -> None:
+        from diskwright.formats.qcow2.changes import delete
+
+        self.settle()
+        delete(self, id)
+
+    def load_vm_state(self, id: str, into: BinaryIO) -> int:
+        from diskwright.formats.qcow2.vmstate import load
+
+        file = self.children[0]
+        header = read_header(file)
+        table = load_snapshots(file, header)
+        infos = [snapshot.info(header) for snapshot in table]
+        info = find(infos, id=id)
+        shown = Qcow2(file, view(file, header, table[infos.index(info)]), self._options, None)
+        return load(shown, info, into)
+
     def zero_init(self) -> bool:
         if self.backing is not None:
             return False
@@ -186,6 +266,7 @@ class Qcow2(Format):
 
     def close(self) -> None:
         if self.writer is not None:
+            self.settle()
             self.writer.close()
 
 
