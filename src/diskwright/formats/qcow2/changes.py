@@ -144,8 +144,8 @@ class Change:
             for _ in range(users - 1):
                 counts.add(new)
             tree.tables[indices[wrong]] = new << g.cluster_bits
-            rows = words[wrong]
-            self.write([(host << g.cluster_bits, big_endian_words(row)) for host, row in zip(new.tolist(), rows, strict=True)])
+            rows = zip(new.tolist(), words[wrong], strict=True)
+            self.write([(host << g.cluster_bits, big_endian_words(row)) for host, row in rows])
 
     def entries(self, tree: Tree) -> NDArray[np.uint64]:
         """The entries of the active L1 table."""
@@ -230,8 +230,9 @@ def apply(image: Qcow2, id: str) -> None:
         header = view(change.file, change.header, change.table[number])
         # The machine's state, which lies beyond the disk's end, stays with the snapshot.
         tree = Tree.read(change.file, header).part(0, change.g.l1_entries(header.size))
-        change.count(tree)
+        # In this order, for a refcount need not be able to count both.
         change.uncount(Tree.read(change.file, change.header))
+        change.count(tree)
         change.set_flags(tree, 1)
         change.finish(tree, change.table, header.size)
     except BaseException:

@@ -116,20 +116,20 @@ class Counts:
 
     def of(self, hosts: Hosts) -> NDArray[Any]:
         """The counts of hosts that are in use. Raises CorruptImage where one is 0."""
-        return self._found(hosts)[2]
-
-    def _found(self, hosts: Hosts) -> tuple[Hosts, Hosts, NDArray[Any]]:
-        rows, columns = self._places_of(hosts)
-        found: NDArray[Any] = self._counts[rows, columns]
+        found: NDArray[Any] = self._counts[self._places_of(hosts)]
         if not found.all():
             raise self._uncounted(int(hosts[np.argmin(found)]))
-        return rows, columns, found
+        return found
 
     def add(self, hosts: Hosts) -> None:
-        """One reference more to each of ``hosts``, which are in use and may repeat. Raises LimitExceeded when that
-        does not fit into a refcount, CorruptImage."""
+        """One reference more to each of ``hosts``, which may repeat. They are in use, if only until a moment ago.
+        Raises LimitExceeded when that does not fit into a refcount, CorruptImage."""
         hosts, times = _counted(hosts)
-        rows, columns, counts = self._found(hosts)
+        rows, columns = self._places_of(hosts)
+        free = self._free[rows, columns]
+        if free.any():
+            raise self._uncounted(int(hosts[np.argmax(free)]))
+        counts = self._counts[rows, columns]
         more = times.astype(counts.dtype)
         if (more != times).any() or (more > self._most).any() or (counts > self._most - more).any():
             raise LimitExceeded(
@@ -141,7 +141,8 @@ class Counts:
     def drop(self, hosts: Hosts) -> None:
         """One reference less to each of ``hosts``, which may repeat. Raises CorruptImage when there were fewer."""
         hosts, times = _counted(hosts)
-        rows, columns, counts = self._found(hosts)
+        rows, columns = self._places_of(hosts)
+        counts = self._counts[rows, columns]
         less = times.astype(counts.dtype)
         if (less != times).any() or (counts < less).any():
             raise self._corrupt("refcounts", "there are more references than they count")

@@ -77,7 +77,8 @@ def load(image: Qcow2, info: SnapshotInfo, into: BinaryIO) -> int:
     g, file, mapping = image.header.geometry, image.children[0], image.mapping
     start = g.l1_entries(info.disk_size) << (g.cluster_bits + g.l2_bits)
     if g.l1_entries(start + info.vm_state_size) > len(mapping.l1):
-        raise CorruptImage(file.filename, f"VM state size of snapshot {info.id!r}", info.vm_state_size, None, "too large")
+        what = f"VM state size of snapshot {info.id!r}"
+        raise CorruptImage(file.filename, what, info.vm_state_size, None, "its L1 table does not reach that far")
     at, end = start, start + info.vm_state_size
     while at < end:
         run = image.extent_at(at, min(end - at, _AT_ONCE))
