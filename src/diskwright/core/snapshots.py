@@ -76,9 +76,7 @@ class Snapshots(ABC):
         raise not_supported("Machine states are not kept here")
 
 
-def find(
-    snapshots: Iterable[SnapshotInfo], *, id: str | None = None, name: str | None = None
-) -> SnapshotInfo:
+def find(snapshots: Iterable[SnapshotInfo], *, id: str | None = None, name: str | None = None) -> SnapshotInfo:
     """The first snapshot with this id and this name, as far as they are given. Raises SnapshotNotFound."""
     for each in snapshots:
         if (id is None or each.id == id) and (name is None or each.name == name):

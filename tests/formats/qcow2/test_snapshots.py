@@ -26,7 +26,19 @@ from diskwright.formats.qcow2 import changes
 from diskwright.formats.qcow2.layout import COMPRESSED, COPIED
 from diskwright.formats.qcow2.snapshots import entry, read_snapshots
 from tests.formats.qcow2.snapshotting import shown, sound, states
-from tests.formats.qcow2.support import LONG, Image, Tape, contents, created, header_of, l2_entry, l2_entry_place, poked
+from tests.formats.qcow2.support import (
+    LONG,
+    Change,
+    Image,
+    Tape,
+    checked,
+    contents,
+    created,
+    header_of,
+    l2_entry,
+    l2_entry_place,
+    poked,
+)
 
 CASES: dict[str, dict[str, Any]] = {
     "512": {"size": 100 << 10, "cluster_size": 512},
@@ -37,6 +49,17 @@ CASES: dict[str, dict[str, Any]] = {
     "64k, 8 bits": {"size": 9 << 20, "cluster_size": 65536, "refcount_bits": 8},
     "2M": {"size": 20 << 20, "cluster_size": 2 << 20, "refcount_bits": 32},
 }
+
+
+class Small(Tape):
+    """A medium with little room: whatever takes an image's word for where to write soon has none left."""
+
+    limit: int | None = 64 << 20
+
+    def _record(self, change: Change) -> None:
+        if self.limit is not None and change[1] + len(change[2]) > self.limit:
+            raise OSError(errno.ENOSPC, "the tape is at its end")
+        super()._record(change)
 
 
 def scribble(image: Image, chance: random.Random, times: int) -> None:
@@ -318,8 +341,9 @@ def _delete(image: Image) -> None:
 ACTIONS = {"create": _create, "create with state": _create_with_state, "apply": _apply, "delete": _delete}
 
 
+@pytest.mark.parametrize("then", ["flush", "write"])
 @pytest.mark.parametrize("action", ACTIONS)
-def test_each_write_and_flush_fails_once(action: str) -> None:
+def test_each_write_and_flush_fails_once(action: str, then: str) -> None:
     """The old state is there, or the new one; the image is sound; and the disk and the action work afterwards."""
     start, kept = created_with(size=200 << 10, cluster_size=512)
     number = 0
@@ -327,6 +351,7 @@ def test_each_write_and_flush_fails_once(action: str) -> None:
         tape = Tape(start)
         with Image(tape) as image:
             image.disk.pwrite(30 << 10, b"z" * 3000)
+            assert image.format.in_place(30 << 10, 512) > 0, "what is overwritten below must be a write in place"
             old = whole(image)
             new = kept["1"] if action == "apply" else old
             tape.fail = number
@@ -343,20 +368,28 @@ def test_each_write_and_flush_fails_once(action: str) -> None:
             except OSError:
                 tape.fail = -1
             assert whole(image) == old
-            found = states(bytes(tape.data))
-            sound_or_leaks(bytes(tape.data))
-            assert all(found[id] == kept[id] for id in kept if id in found)
-            image.disk.pwrite(60 << 10, b"y" * 5000)
-            image.disk.flush()
+            _check_whole(tape, kept, old)
             expected = bytearray(old)
-            expected[60 << 10 : (60 << 10) + 5000] = b"y" * 5000
+            if then == "write":
+                image.disk.pwrite(30 << 10, b"y" * 500)
+                expected[30 << 10 : (30 << 10) + 500] = b"y" * 500
+                _check_whole(tape, kept, old)
+            image.disk.flush()
+            _check_whole(tape, kept, old)
             assert contents(bytes(tape.data)) == expected
-            sound_or_leaks(bytes(tape.data))
             assert states(bytes(tape.data)) == kept
             ACTIONS[action](image)
             assert whole(image) == (new if action == "apply" else expected)
         sound(bytes(tape.data))
     assert number > 5
+
+
+def _check_whole(tape: Tape, kept: dict[str, bytes], old: bytes) -> None:
+    """Whatever snapshots the file has now, they hold what they should; and there is no damage."""
+    report = checked(bytes(tape.data))
+    assert not report.corruptions and not report.check_errors, report.messages
+    for id, held in states(bytes(tape.data)).items():
+        assert held == kept.get(id, old), id
 
 
 def sound_or_leaks(data: bytes) -> None:
@@ -365,34 +398,34 @@ def sound_or_leaks(data: bytes) -> None:
         assert not report.corruptions and not report.check_errors, report.messages
 
 
-def test_failure_gives_back_what_the_file_had_grown() -> None:
-    start, _ = created_with(size=200 << 10, cluster_size=512)
-    tape = Tape(start)
+@pytest.mark.parametrize("stuck", [False, True])
+def test_failure_gives_back_what_the_file_had_grown(stuck: bool) -> None:
+    """And where that fails too, what has been written there does not show in new clusters."""
+    tape = Small(created(size=1 << 20, cluster_size=4096))
     with Image(tape) as image:
-        tape.fail = 12
-        with pytest.raises(OSError):
-            snapshots.create(image.node, "three")
-        grown = len(tape.data)
-        tape.fail = -1
+        image.disk.pwrite(0, b"z" * (300 << 10))
         image.disk.flush()
-    assert grown > len(start) or len(tape.data) == len(start)
-    with Image(tape) as image:
-        # What a failed attempt has left behind must not show in new clusters.
-        image.disk.trim(0, image.disk.size)
-        image.disk.pwrite(1000, b"a")
-        assert image.disk.pread(512, 512) == bytes(488) + b"a" + bytes(23)
+        before, changes_before = len(tape.data), len(tape.changes)
+        tape.fail = 3
+        if not stuck:
+            tape.fail = -1
+            tape.limit = before + 8192
+        with pytest.raises(OSError):
+            snapshots.create(image.node, "s")
+        tape.fail, tape.limit = -1, None
+        grown = any(at + len(piece) > before for _, at, piece in tape.changes[changes_before:])
+        assert grown, "the attempt must have written something behind the end"
+        assert len(tape.data) > before if stuck else len(tape.data) == before
+        for offset in range(500_000, 900_000, 40_000):
+            image.disk.pwrite(offset, b"a")
+        expected = bytearray(b"z" * (300 << 10) + bytes((1 << 20) - (300 << 10)))
+        for offset in range(500_000, 900_000, 40_000):
+            expected[offset] = ord("a")
+        assert whole(image) == expected
+    sound_or_leaks(bytes(tape.data))
 
 
 # -- hostile images ----------------------------------------------------------------------------------
-
-
-class Small(Tape):
-    """A medium with little room: whatever takes an image's word for where to write soon has none left."""
-
-    def _record(self, change: Any) -> None:
-        if change[1] + len(change[2]) > 64 << 20:
-            raise OSError(errno.ENOSPC, "the tape is at its end")
-        super()._record(change)
 
 
 def _attempt(action: Callable[[], object]) -> None:
@@ -412,13 +445,20 @@ def test_damaged_tables(seed: int) -> None:
     header = header_of(start)
     with Image(Tape(start), writable=False) as image:
         found, length = read_snapshots(image.format.children[0], header)
-    areas = [(header.snapshots_offset, length), (60, 12), (header.refcount_table_offset, 64), (header.l1_table_offset, 64)]
+    areas = [
+        (header.snapshots_offset, length),
+        (60, 12),
+        (header.refcount_table_offset, 64),
+        (header.l1_table_offset, 64),
+    ]
     areas += [(each.l1_table_offset, 64) for each in found] + [(header.snapshots_offset, 40)] * 3
     for _ in range(chance.randrange(1, 4)):
         at, size = chance.choice(areas)
         width = chance.choice((1, 2, 4, 8))
         at += chance.randrange(size)
-        value = chance.choice((0, 1, 0x80, 0xFF, 0xFFFF, 1 << 30, (1 << 63) + 512, 1 << 62, 4096, chance.getrandbits(64)))
+        value = chance.choice(
+            (0, 1, 0x80, 0xFF, 0xFFFF, 1 << 30, (1 << 63) + 512, 1 << 62, 4096, chance.getrandbits(64))
+        )
         data[at : at + width] = (value & ((1 << 8 * width) - 1)).to_bytes(width, "big")
     for action in range(5):
         tape = Small(bytes(data))
@@ -470,10 +510,10 @@ def test_fields_out_of_bounds(field: int, width: int, value: int, error: type[Ex
 @pytest.mark.parametrize("value", [COPIED | 0x200, 7 << 40, COMPRESSED | (1 << 50), 0x10001 << 9 | COPIED])
 def test_impossible_places_stop_it(value: int) -> None:
     start, kept = created_with(size=300 << 10, cluster_size=4096)
-    with Image(Tape(start)) as image:
-        image.disk.pwrite(0, b"own table")
-        start = bytes(image.tape.data) if not image.format.flush() else b""  # type: ignore[func-returns-value]
-    data = poked(start, l2_entry_place(start, 8192), value)
+    tape = Tape(start)
+    with Image(tape) as image:
+        image.disk.pwrite(0, b"the active state has an L2 table of its own")
+    data = poked(bytes(tape.data), l2_entry_place(bytes(tape.data), 8192), value)
     tape = Tape(data)
     with Image(tape) as image:
         with pytest.raises(CorruptImage):
@@ -492,9 +532,8 @@ def test_space_that_is_wrongly_counted_as_free_is_not_taken() -> None:
     for offset in (header.l1_table_offset, header.snapshots_offset):
         data = poked(start, block + (offset >> 12) * 2, 0, 2)
         tape = Tape(data)
-        with Image(tape) as image:
-            with pytest.raises(CorruptImage, match="repair"):
-                _create(image)
+        with Image(tape) as image, pytest.raises(CorruptImage, match="repair"):
+            _create(image)
         assert bytes(tape.data) == data
         assert states(data) == kept
 

@@ -54,9 +54,7 @@ class Counts:
         self._order = header.refcount_order
         self._most = (1 << (1 << self._order)) - 1
         count = header.refcount_table_clusters << (g.cluster_bits - 3)
-        table = np.frombuffer(
-            read_table(file, "refcount_table_offset", header.refcount_table_offset, count), np.uint64
-        )
+        table = np.frombuffer(read_table(file, "refcount_table_offset", header.refcount_table_offset, count), np.uint64)
         self._numbers: Hosts = np.flatnonzero(table).astype(np.int64)
         """Which block each row of ``_counts`` is, ascending."""
         self._places: Hosts = self._checked(table[self._numbers])
