@@ -2,8 +2,8 @@
 
 ``layout`` numbers; ``header``; ``mapping`` guest to host offsets; ``refcounts`` and ``metadata`` what host
 clusters are used for; ``writing`` changes and their order; ``compressed`` decoding; ``resize``, ``check``,
-``repair``, ``create`` the operations on a whole image; ``snapshots`` their table, ``changes`` (with ``counts``, ``trees``
-and ``vmstate``) what is done with them; ``driver`` puts them together.
+``repair``, ``create`` the operations on a whole image; ``snapshots`` their table, ``changes`` (with ``counts``,
+``trees`` and ``vmstate``) what is done with them; ``driver`` puts them together.
 """
 
 from __future__ import annotations
