@@ -544,3 +544,21 @@ def test_entry_is_what_the_specification_says() -> None:
     assert struct.unpack_from(">QIHHIIQII", raw) == (0x30000, 3, 1, 5, 0x5566_7788, 999, 12, 0, 24)
     assert struct.unpack_from(">QQQ", raw, 40) == (5 << 32, 1 << 20, (1 << 64) - 1)
     assert raw[64:70] == b"7n\xc3\xa4me" and len(raw) % 8 == 0
+
+
+def test_space_of_a_deleted_snapshot_is_given_back() -> None:
+    """What only it had reads as zeros in the file afterwards, for the tape writes zeros where it is told to discard."""
+    tape = Tape(created(size=2 << 20, cluster_size=4096))
+    with Image(tape) as image:
+        image.disk.pwrite(0, b"K" * (1 << 20))
+        snapshots.create(image.node, "s")
+        image.disk.pwrite(0, b"L" * (1 << 20))
+        image.disk.flush()
+        assert tape.data.count(b"K" * 4096) == 256
+        _delete(image)
+        assert tape.data.count(b"K") < 4096
+        snapshots.create(image.node, "t")
+        image.disk.pwrite(0, b"M" * (1 << 20))
+        _apply(image)
+        assert tape.data.count(b"M") < 4096 and tape.data.count(b"L" * 4096) == 256
+    sound(bytes(tape.data))

@@ -140,7 +140,7 @@ class Change:
             old = tree.tables[indices[wrong]] >> g.cluster_bits
             new = counts.take(len(old))
             for _ in range(users):
-                counts.drop(old)
+                counts.replace(old)
             for _ in range(users - 1):
                 counts.add(new)
             tree.tables[indices[wrong]] = new << g.cluster_bits

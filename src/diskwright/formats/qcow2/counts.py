@@ -62,6 +62,7 @@ class Counts:
         self._free: NDArray[np.bool_] = self._counts == 0
         """Never used by the image as it is, nor taken here."""
         self._changed: NDArray[np.bool_] = np.zeros(len(self._numbers), np.bool_)
+        self._replaced: list[Hosts] = [np.zeros(0, np.int64)]
         self._dense = bool((self._numbers == np.arange(len(self._numbers))).all())
 
     def _checked(self, entries: NDArray[np.uint64]) -> Hosts:
@@ -153,12 +154,23 @@ class Counts:
     def drop_region(self, offset: int, length: int) -> None:
         """One reference less to each cluster of ``length`` bytes at ``offset``."""
         if length:
-            self.drop(np.arange(offset >> self.g.cluster_bits, (offset + length - 1 >> self.g.cluster_bits) + 1))
+            self.drop(self._clusters(offset, length))
+
+    def _clusters(self, offset: int, length: int) -> Hosts:
+        bits = self.g.cluster_bits
+        return np.arange(offset >> bits, (offset + length - 1 >> bits) + 1, dtype=np.int64)
+
+    def replace(self, hosts: Hosts) -> None:
+        """``drop`` for tables that are written anew elsewhere. The next change will want such places, so it is not
+        worth while to give the file system what lies between."""
+        self.drop(hosts)
+        self._replaced.append(hosts)
 
     def freed(self) -> list[tuple[int, int]]:
-        """``(first, count)`` runs of clusters that were in use and are no longer."""
+        """``(first, count)`` runs of clusters that were in use and are no longer, without replaced tables."""
         rows, columns = np.nonzero((self._counts == 0) & ~self._free)
-        return runs_of((self._numbers[rows] << self.g.block_bits) + columns)
+        hosts = (self._numbers[rows] << self.g.block_bits) + columns
+        return runs_of(np.setdiff1d(hosts, np.concatenate(self._replaced), assume_unique=True))
 
     # -- taking ----------------------------------------------------------------------------------
 
@@ -227,7 +239,7 @@ class Counts:
         has to be written. After this the counts are final. Raises LimitExceeded."""
         g, header = self.g, self.header
         clusters = header.refcount_table_clusters
-        self.drop_region(header.refcount_table_offset, clusters << g.cluster_bits)
+        self.replace(self._clusters(header.refcount_table_offset, clusters << g.cluster_bits))
         table = self.take_adjoining(clusters)
         moved = np.zeros(len(self._numbers), np.bool_)
         while True:
@@ -248,7 +260,7 @@ class Counts:
             else:
                 moved[wanted] = True
                 left = self._places[wanted]
-                self.drop(left[left > 0] >> g.cluster_bits)
+                self.replace(left[left > 0] >> g.cluster_bits)
                 self._places[wanted] = self.take(len(wanted)) << g.cluster_bits
         pieces = [
             (int(self._places[row]), memoryview(encode_counts(self._counts[row], self._order)))
