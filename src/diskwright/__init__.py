@@ -15,9 +15,23 @@ from typing import TYPE_CHECKING
 from diskwright.version import __version__
 
 if TYPE_CHECKING:
-    from diskwright.api import check, compare, convert, create, info, mirror, open, serve
+    from diskwright.api import (
+        apply_snapshot,
+        check,
+        compare,
+        convert,
+        create,
+        create_snapshot,
+        delete_snapshot,
+        info,
+        mirror,
+        open,
+        serve,
+        snapshots,
+    )
     from diskwright.core.disk import Disk
     from diskwright.core.gate import ClosedGate, DirectoryGate, Gate, OpenGate
+    from diskwright.core.snapshots import SnapshotInfo, VmState
     from diskwright.errors import (
         CorruptImage,
         DiskwrightError,
@@ -28,14 +42,29 @@ if TYPE_CHECKING:
         LimitExceeded,
         OptionError,
         ProtocolError,
+        SnapshotNotFound,
         UnsafeReference,
         UnsupportedFeature,
     )
 
 _HOMES = {
-    "diskwright.api": ("check", "compare", "convert", "create", "info", "mirror", "open", "serve"),
+    "diskwright.api": (
+        "apply_snapshot",
+        "check",
+        "compare",
+        "convert",
+        "create",
+        "create_snapshot",
+        "delete_snapshot",
+        "info",
+        "mirror",
+        "open",
+        "serve",
+        "snapshots",
+    ),
     "diskwright.core.disk": ("Disk",),
     "diskwright.core.gate": ("ClosedGate", "DirectoryGate", "Gate", "OpenGate"),
+    "diskwright.core.snapshots": ("SnapshotInfo", "VmState"),
     "diskwright.errors": (
         "CorruptImage",
         "DiskwrightError",
@@ -46,6 +75,7 @@ _HOMES = {
         "LimitExceeded",
         "OptionError",
         "ProtocolError",
+        "SnapshotNotFound",
         "UnsafeReference",
         "UnsupportedFeature",
     ),
@@ -66,17 +96,24 @@ __all__ = [
     "OpenGate",
     "OptionError",
     "ProtocolError",
+    "SnapshotInfo",
+    "SnapshotNotFound",
     "UnsafeReference",
     "UnsupportedFeature",
+    "VmState",
     "__version__",
+    "apply_snapshot",
     "check",
     "compare",
     "convert",
     "create",
+    "create_snapshot",
+    "delete_snapshot",
     "info",
     "mirror",
     "open",
     "serve",
+    "snapshots",
 ]
 
 

@@ -24,6 +24,7 @@ from diskwright.errors import JobError
 
 if TYPE_CHECKING:
     from diskwright.core.gate import Gate
+    from diskwright.core.snapshots import SnapshotInfo, VmState
     from diskwright.exports.nbd import NbdServer
     from diskwright.jobs.job import EventSink
 
@@ -42,15 +43,18 @@ def open(
     gate: Gate | None = None,
     force_share: bool = False,
     cache: str | None = None,
+    snapshot: str | None = None,
 ) -> Disk:
     """Opens an image as a ``Disk``; closing the disk closes everything that was opened for it.
 
     ``format`` None means probe: for a raw disk that somebody else may write to, state it. ``cache`` is none,
-    writeback, writethrough, directsync or unsafe. Raises ImageError, OptionError or OSError.
+    writeback, writethrough, directsync or unsafe. ``snapshot`` opens the internal snapshot with this id, or else this
+    name, read-only. Raises ImageError, OptionError or OSError.
     """
     graph = Graph(gate)
     try:
-        node = graph.open(_spec(image), driver=format, writable=writable, force_share=force_share, cache=cache)
+        spec = _spec(image) if snapshot is None else _with_snapshot(_spec(image), snapshot)
+        node = graph.open(spec, driver=format, writable=writable, force_share=force_share, cache=cache)
         disk = graph.disk(node, GUEST if writable else None, owns_graph=True)
         graph.release(node)
         return disk
@@ -342,6 +346,56 @@ def check(
         graph.close()
 
 
+def snapshots(image: Disk | Spec | os.PathLike[str]) -> list[SnapshotInfo]:
+    """The internal snapshots of an image, or of a disk that is open. None where there cannot be any."""
+    from diskwright.core.snapshots import list_of
+
+    with _root(image, writable=False) as node:
+        return list_of(node)
+
+
+def create_snapshot(
+    image: Disk | Spec | os.PathLike[str], name: str, *, vm_state: VmState | None = None
+) -> SnapshotInfo:
+    """Keeps the present state of an image, or of an open disk, whose requests wait meanwhile. It is durable, and either
+    whole or not there. Raises ImageError, LimitExceeded, or OSError (ENOTSUP for a format without snapshots)."""
+    from diskwright.core.snapshots import create
+
+    with _root(image, writable=True) as node:
+        return create(node, name, vm_state=vm_state)
+
+
+def apply_snapshot(image: Disk | Spec | os.PathLike[str], snapshot: str) -> None:
+    """The image becomes what it was, in size too; ``snapshot`` is an id, or else a name. What it is now is lost, unless
+    a snapshot has it. Raises SnapshotNotFound."""
+    from diskwright.core.snapshots import apply, find_any, list_of
+
+    with _root(image, writable=True) as node:
+        apply(node, find_any(list_of(node), snapshot).id)
+
+
+def delete_snapshot(image: Disk | Spec | os.PathLike[str], snapshot: str) -> None:
+    """Deletes the snapshot with this id, or else the first with this name. Raises SnapshotNotFound."""
+    from diskwright.core.snapshots import delete, find_any, list_of
+
+    with _root(image, writable=True) as node:
+        delete(node, find_any(list_of(node), snapshot).id)
+
+
+@contextmanager
+def _root(image: Disk | Spec | os.PathLike[str], *, writable: bool) -> Iterator[Node]:
+    """The node of a disk, with no request in flight, or of an image that is opened for this."""
+    if isinstance(image, Disk):
+        with image.graph.drained():
+            yield image.node
+        return
+    graph = Graph()
+    try:
+        yield graph.open(_spec(image), writable=writable, backing=False)
+    finally:
+        graph.close()
+
+
 def info(image: Spec | os.PathLike[str], *, format: str | None = None, force_share: bool = False) -> dict[str, object]:
     """What an image is: the facts of ``qemu-img info --output=json``, under the same names. Backing files are named,
     not opened."""
@@ -377,6 +431,15 @@ def serve(disk: Disk, path: str | os.PathLike[str], *, name: str = "", read_only
     server.listen_unix(os.fspath(path))
     server.start()
     return server
+
+
+def _with_snapshot(spec: Spec, snapshot: str) -> Spec:
+    """``spec`` with the option that shows a snapshot."""
+    from diskwright.core.graph import parse_json
+
+    if isinstance(spec, str):
+        spec = parse_json(spec[5:]) if spec.startswith("json:") else {"filename": spec}
+    return {**spec, "snapshot": snapshot}
 
 
 def _spec(image: Spec | os.PathLike[str]) -> Spec:

@@ -47,6 +47,10 @@ class ImageLocked(ImageError):
     """Another process holds the image in a way that conflicts with this use."""
 
 
+class SnapshotNotFound(ImageError):
+    """The image has no internal snapshot of that id or name."""
+
+
 class GraphError(DiskwrightError):
     """A wrong or conflicting use of nodes, options or permissions."""
 
@@ -84,6 +88,7 @@ def message_of(error: BaseException) -> str:
 # The order matters: the first class that fits decides.
 _ERRNO: tuple[tuple[type[BaseException], int], ...] = (
     (ImageLocked, errno.EBUSY),
+    (SnapshotNotFound, errno.ENOENT),
     (UnsafeReference, errno.EACCES),
     (UnsupportedFeature, errno.ENOTSUP),
     (LimitExceeded, errno.EINVAL),

@@ -285,6 +285,52 @@ def warn_guessed_raw(name: str, node: Node, format: str | None, image_opts: bool
         print(f"{PROGRAM}: warning: {text}", file=sys.stderr)
 
 
+def snapshot_options(graph: Graph, name: str, args: argparse.Namespace) -> dict[str, object]:
+    """What to open an image with so that it shows the internal snapshot ``args.snapshot`` (the text of ``-l``), its
+    driver included. Raises Failure when the text is wrong, or there is no such snapshot."""
+    from diskwright.core import snapshots
+
+    wanted = _snapshot_parameters(args.snapshot)
+    node = open_image(
+        graph, name, format=args.format, image_opts=args.image_opts, force_share=args.force_share, backing=False
+    )
+    driver, keeper = node.driver_name, snapshots.keeper(node)
+    try:
+        if keeper is None or not _can_show_snapshots(driver):
+            raise Failure(
+                f"Failed to load snapshot: Block format '{driver}' used by device '' does not support temporarily "
+                "loading internal snapshots"
+            )
+        found = keeper.snapshots()
+        if wanted:
+            snapshots.find(found, id=wanted.get("snapshot.id"), name=wanted.get("snapshot.name"))
+        else:
+            snapshots.find_any(found, args.snapshot)
+    except (DiskwrightError, OSError) as error:
+        raise Failure(f"Failed to load snapshot: {message_of(error)}") from error
+    graph.release(node)
+    if not wanted:
+        return {"driver": driver, "snapshot": args.snapshot}
+    return {"driver": driver, **{key.replace(".", "-"): value for key, value in wanted.items()}}
+
+
+def _can_show_snapshots(driver: str) -> bool:
+    from diskwright.core.options import describe
+    from diskwright.core.registry import find
+
+    return any(info.name == "snapshot" for info in describe(find(driver).options))
+
+
+def _snapshot_parameters(text: str) -> dict[str, str]:
+    """``snapshot.id`` and ``snapshot.name`` of a text that gives these; none for an id or name as such."""
+    if not text.startswith("snapshot."):
+        return {}
+    wanted = dict(option_mapping(text))
+    if not wanted or not set(wanted) <= {"snapshot.id", "snapshot.name"}:
+        raise Failure(f"Failed in parsing snapshot param '{text}'")
+    return wanted
+
+
 def guest_size(node: Node) -> int:
     """The size a guest sees: disks have whole sectors, and what a file lacks of its last one reads as zeros."""
     from diskwright.units import SECTOR, align_up

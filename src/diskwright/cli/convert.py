@@ -38,7 +38,6 @@ _UNSUPPORTED: Final = {
     "bitmaps": "--bitmaps: persistent bitmaps cannot be copied yet",
     "skip_broken_bitmaps": "--skip-broken-bitmaps: persistent bitmaps cannot be copied yet",
     "salvage": "--salvage: unreadable ranges cannot be skipped yet",
-    "snapshot": "-l: internal snapshots cannot be converted yet",
 }
 
 
@@ -97,7 +96,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, name in (("--bitmaps", "bitmaps"), ("--skip-broken-bitmaps", "skip_broken_bitmaps"),
                        ("--salvage", "salvage")):  # fmt: skip
         parser.add_argument(flag, dest=name, action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("-l", dest="snapshot", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "-l", dest="snapshot", metavar="SNAPSHOT",
+        help="copy an internal snapshot: its id or name, or snapshot.id=ID,snapshot.name=NAME",
+    )  # fmt: skip
     parser.add_argument("names", nargs="*", metavar="SOURCE [SOURCE ...] TARGET")
 
 
@@ -121,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
                 image_opts=args.image_opts,
                 force_share=args.force_share,
                 cache=wish.source_cache,
+                options=common.snapshot_options(graph, name, args) if args.snapshot is not None else None,
             )
             for name in wish.sources
         ]
@@ -323,6 +326,8 @@ def _wish(args: argparse.Namespace, options: str) -> Wish:
         wanted["backing_file"] = args.backing_file
     if args.backing_fmt is not None:
         wanted["backing_fmt"] = args.backing_fmt
+    if len(sources) > 1 and args.snapshot is not None:
+        raise Failure("No support for concatenating multiple snapshot")
     if len(sources) > 1 and "backing_file" in wanted:
         raise Failure("Having a backing file for the target makes no sense when concatenating multiple input images")
     return Wish(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from diskwright.cli import common
 from diskwright.cli.common import Failure
 from diskwright.cli.output import indented, json_text
+from diskwright.errors import DiskwrightError, message_of
 from diskwright.units import MAX_CHAIN, human_size
 
 if TYPE_CHECKING:
     from diskwright.core.driver import BackingHint, Info
     from diskwright.core.graph import Graph
     from diskwright.core.node import Node
+    from diskwright.core.snapshots import SnapshotInfo
 
 SUMMARY: Final = "tell what an image is"
 
@@ -59,7 +61,10 @@ def _collect(graph: Graph, filename: str, args: argparse.Namespace) -> list[Imag
             backing=False,
             guest_data=False,
         )
-        facts = gather(node)
+        try:
+            facts = gather(node)
+        except (DiskwrightError, OSError) as error:
+            raise Failure(f"Could not open '{name}': {message_of(error).removeprefix(f'{name}: ')}") from error
         named_by = node.filename
         graph.release(node)
         images.append(facts)
@@ -83,6 +88,7 @@ class ImageFacts:
     details: Info
     backing: BackingHint | None
     full_backing: str | None
+    snapshots: list[SnapshotInfo] = field(default_factory=list)
 
     def as_json(self) -> dict[str, object]:
         """The order of the keys is that of qemu-img, whose output programs may compare as text."""
@@ -90,6 +96,10 @@ class ImageFacts:
         rows: dict[str, object] = {}
         if backing is not None and backing.format is not None:
             rows["backing-filename-format"] = backing.format
+        if self.snapshots:
+            from diskwright.cli.snapshot import as_json
+
+            rows["snapshots"] = [as_json(snapshot) for snapshot in self.snapshots]
         rows["virtual-size"] = self.size
         rows["filename"] = self.filename
         if details.cluster_size:
@@ -129,13 +139,18 @@ class ImageFacts:
             lines.append(f"backing file: {backing.filename}{actual}")
             if backing.format is not None:
                 lines.append(f"backing file format: {backing.format}")
+        if self.snapshots:
+            from diskwright.cli.snapshot import listing
+
+            lines += listing(self.snapshots)
         if details.specific is not None:
             lines += ["Format specific information:", *indented(details.specific, 1)]
         return lines
 
 
 def gather(node: Node) -> ImageFacts:
-    """The facts of an open image."""
+    """The facts of an open image. Raises CorruptImage or LimitExceeded when its snapshots cannot be listed."""
+    from diskwright.core import snapshots
     from diskwright.core.driver import Info
     from diskwright.core.gate import resolve
     from diskwright.core.node import FormatNode, below_filters
@@ -151,6 +166,7 @@ def gather(node: Node) -> ImageFacts:
         details=Info() if form is None else form.info(),
         backing=backing,
         full_backing=None if backing is None else resolve(backing.filename, node.filename),
+        snapshots=snapshots.list_of(node),
     )
 
 

@@ -2,8 +2,10 @@
 
 ``layout`` numbers; ``header``; ``mapping`` guest to host offsets; ``refcounts`` and ``metadata`` what host
 clusters are used for; ``writing`` changes, ``ordering`` when they reach the file; ``subclusters`` and
-``subwriting`` both for extended L2 entries and data files; ``compressed`` decoding; ``resize``, ``check``,
-``repair``, ``create`` the operations on a whole image; ``driver`` puts them together.
+``subwriting`` both for extended L2 entries and data files; ``compressed`` decoding, ``encoding`` and ``packing``
+compressing; ``resize``, ``check``, ``repair``, ``create``, ``amend``, ``measure`` the operations on a whole image;
+``snapshots`` their table, ``changes`` (with ``counts``, ``trees`` and ``vmstate``) what is done with them; ``driver``
+puts them together.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from diskwright.core.driver import (
     CheckReport,
@@ -20,6 +20,7 @@ from diskwright.core.driver import (
 )
 from diskwright.core.leases import Leases
 from diskwright.core.node import Node
+from diskwright.core.snapshots import SnapshotInfo, Snapshots, VmState, find, find_any
 from diskwright.errors import CorruptImage, ImageError, OptionError, UnsupportedFeature
 from diskwright.extents import Extent, Extents
 from diskwright.formats.qcow2 import header as fields
@@ -31,17 +32,18 @@ from diskwright.formats.qcow2.layout import MAGIC
 from diskwright.formats.qcow2.options import Qcow2AmendOptions, Qcow2CreateOptions, Qcow2Options
 from diskwright.formats.qcow2.packing import PackingWriter
 from diskwright.formats.qcow2.refcounts import Refcounts
+from diskwright.formats.qcow2.snapshots import load_snapshots, view
 from diskwright.formats.qcow2.subclusters import SubclusterMapping, open_mapping
 
 DATA_FILE_ROLE: Final = "data-file"
 
 
-class Qcow2(Format):
+class Qcow2(Format, Snapshots):
     """A qcow2 image, version 2 or 3.
 
-    Read: every cluster size, subclusters, zero and compressed clusters, external data files, images with internal
-    snapshots or bitmaps. Written: all of that except images with persistent bitmaps, and snapshots of images with a
-    data file. Not opened at all: encrypted images.
+    Read: every cluster size, subclusters, zero and compressed clusters, external data files, internal snapshots, images
+    with bitmaps. Written: all of that except images with persistent bitmaps, and snapshots of images with a data file.
+    Not opened at all: encrypted images.
     """
 
     name = "qcow2"
@@ -69,6 +71,9 @@ class Qcow2(Format):
         self.compresses = header.data_file is None
         self.writer: PackingWriter | None = None
         self._cleaner: Cleaner | None = None
+        self.unsettled = b""
+        """Fields of the header that have to be in the file before anything else is written, because a write of them
+        failed; see ``switch``."""
         self._set_up(header)
 
     def _set_up(self, header: Header) -> None:
@@ -82,6 +87,9 @@ class Qcow2(Format):
             return  # nothing is looked up: tables may be damaged, and are looked at by check alone
         self._budgets = budgets(options, writable=self._leases is not None)
         self.mapping = open_mapping(file, header, self._budgets.l2)
+        missing = header.geometry.l1_entries(header.size) - len(self.mapping.l1)
+        if missing > 0:  # only a snapshot's table can be shorter than its disk
+            self.mapping.l1.extend([0] * missing)
         self._decoder = Decoder(file.filename, header.compression, self.cluster_size)
         self._encoder = Encoder(file.filename, header.compression, self.cluster_size, options.compression_level)
         if header.data_file is not None and not self.data_child:
@@ -104,6 +112,8 @@ class Qcow2(Format):
     def open(cls, context: OpenContext, options: Qcow2Options) -> Qcow2:
         """See ``Format.open``. An image marked dirty is repaired when it is opened for writing."""
         header = read_header(context.file)
+        if options.shows_snapshot:
+            return cls._open_snapshot(context, options, header)
         data_file = None if options.repair else _open_data_file(context, header)
         image = cls(context.file, header, options, context.leases if context.writable else None, data_file)
         if context.writable and not options.repair:
@@ -111,6 +121,16 @@ class Qcow2(Format):
         if options.cache_clean_interval:
             image._cleaner = Cleaner(options.cache_clean_interval, image.clean_caches)
         return image
+
+    @classmethod
+    def _open_snapshot(cls, context: OpenContext, options: Qcow2Options, header: Header) -> Qcow2:
+        if context.writable:
+            raise ImageError(f"{context.file.filename}: a snapshot can only be opened read-only")
+        table = load_snapshots(context.file, header)
+        infos = [snapshot.info(header) for snapshot in table]
+        wanted = infos if options.snapshot is None else [find_any(infos, options.snapshot)]
+        info = find(wanted, id=options.snapshot_id, name=options.snapshot_name)
+        return cls(context.file, view(context.file, header, table[infos.index(info)]), options, None)
 
     def _begin_writing(self) -> None:
         header, path = self.header, self.children[0].filename
@@ -154,6 +174,26 @@ class Qcow2(Format):
         self._set_up(read_header(self.children[0]))
         if self.writer is not None:
             self.start_writer()
+
+    def switch(self, new: bytes, old: bytes) -> None:
+        """Puts ``new`` in place of ``old`` in the header, from the field ``size`` on, and goes on with what the image
+        is then. When that fails nobody knows which of the two is on the medium; so nothing is written to the image
+        before ``settle`` has made sure of ``old``."""
+        assert self.writer is not None
+        self.__dict__.pop("in_place", None)
+        self.unsettled = old
+        self.writer.write_header(fields.AT_SIZE, new)
+        self.unsettled = new
+        self.reload()
+        self.unsettled = b""
+
+    def settle(self) -> None:
+        """Ends the uncertainty after a failed ``switch``. Raises OSError when that fails too."""
+        if self.unsettled:
+            assert self.writer is not None
+            self.writer.write_header(fields.AT_SIZE, self.unsettled)
+            self.reload()
+            self.unsettled = b""
 
     def _clear_autoclear(self) -> None:
         """Whoever writes without knowing what a bit stands for has to clear it first."""
@@ -232,6 +272,7 @@ class Qcow2(Format):
         if self.writer is None:
             self.children[0].flush()
         else:
+            self.settle()
             self.writer.checkpoint()
 
     def _writing(self) -> PackingWriter:
@@ -241,6 +282,7 @@ class Qcow2(Format):
             raise ImageError(f"{self.children[0].filename}: is open read-only")
         if self.header.incompatible_features & fields.CORRUPT:
             raise ImageError(f"{self.children[0].filename}: was found corrupt; repair it before writing to it")
+        self.settle()
         return self.writer
 
     # -- the whole -------------------------------------------------------------------------------
@@ -284,16 +326,19 @@ class Qcow2(Format):
     ) -> None:
         from diskwright.formats.qcow2.amend import amend
 
+        self.settle()
         amend(self, options, resize, progress)
 
     def resize(self, size: int, *, preallocation: str = "off", conceal: Callable[[], None] | None = None) -> None:
         from diskwright.formats.qcow2.resize import resize
 
+        self.settle()
         resize(self, size, preallocation, conceal)
 
     def check(self, repair: str) -> CheckReport:
         from diskwright.formats.qcow2.check import check
 
+        self.settle()
         return check(self, repair)
 
     def info(self) -> Info:
@@ -316,6 +361,42 @@ class Qcow2(Format):
             specific=specific,
         )
 
+    # -- snapshots -------------------------------------------------------------------------------
+
+    def snapshots(self) -> list[SnapshotInfo]:
+        """See ``Snapshots.snapshots``. Raises CorruptImage, LimitExceeded."""
+        header = read_header(self.children[0])
+        return [snapshot.info(header) for snapshot in load_snapshots(self.children[0], header)]
+
+    def create_snapshot(self, name: str, *, vm_state: VmState | None = None) -> SnapshotInfo:
+        from diskwright.formats.qcow2.changes import create
+
+        self.settle()
+        return create(self, name, vm_state)
+
+    def apply_snapshot(self, id: str) -> None:
+        from diskwright.formats.qcow2.changes import apply
+
+        self.settle()
+        apply(self, id)
+
+    def delete_snapshot(self, id: str) -> None:
+        from diskwright.formats.qcow2.changes import delete
+
+        self.settle()
+        delete(self, id)
+
+    def load_vm_state(self, id: str, into: BinaryIO) -> int:
+        from diskwright.formats.qcow2.vmstate import load
+
+        file = self.children[0]
+        header = read_header(file)
+        table = load_snapshots(file, header)
+        infos = [snapshot.info(header) for snapshot in table]
+        info = find(infos, id=id)
+        shown = Qcow2(file, view(file, header, table[infos.index(info)]), self._options, None)
+        return load(shown, info, into)
+
     def zero_init(self) -> bool:
         if self.backing is not None:
             return False
@@ -332,6 +413,7 @@ class Qcow2(Format):
         if self._cleaner is not None:
             self._cleaner.stop()
         if self.writer is not None:
+            self.settle()
             self.writer.close()
 
 

@@ -37,6 +37,15 @@ class Qcow2Options:
     repair: bool = option(
         BOOL, "open for check and repair only: also when the image is marked corrupt or dirty", default=False
     )
+    snapshot: str | None = option(
+        STR, "show the internal snapshot with this id, or else with this name, read-only", default=None
+    )
+    snapshot_id: str | None = option(STR, "show the internal snapshot with this id", default=None)
+    snapshot_name: str | None = option(STR, "show the internal snapshot with this name", default=None)
+
+    @property
+    def shows_snapshot(self) -> bool:
+        return (self.snapshot, self.snapshot_id, self.snapshot_name) != (None, None, None)
 
 
 @dataclass(frozen=True, kw_only=True)

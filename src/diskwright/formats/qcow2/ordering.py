@@ -100,6 +100,11 @@ class Ordering:
         self._fresh = max(self._fresh, first + count)
         return first
 
+    def has_written(self, end: int) -> None:
+        """Somebody else has written to host clusters before ``end``, which may or may not be in use now."""
+        with self.lock:
+            self._fresh = max(self._fresh, end)
+
     def _added_block(self, cluster: int) -> None:
         self.metadata.add(cluster)
         self._fresh = max(self._fresh, cluster + 1)
