@@ -140,9 +140,9 @@ def test_granularity_must_be_a_power_of_two_from_512(granularity: int) -> None:
 
 
 def test_granularity_has_an_upper_limit() -> None:
-    assert DirtyBitmap(1 << 30, MAX_GRANULARITY).granularity == 64 << 20
-    with pytest.raises(OptionError, match="134217728"):
-        DirtyBitmap(1 << 30, 128 << 20)
+    assert DirtyBitmap(1 << 30, MAX_GRANULARITY).granularity == 2 << 30
+    with pytest.raises(OptionError, match="4294967296"):
+        DirtyBitmap(1 << 30, 4 << 30)
 
 
 def test_a_bitmap_that_would_not_fit_memory_is_refused_before_it_is_made() -> None:

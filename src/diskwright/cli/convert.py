@@ -32,8 +32,6 @@ MAX_SPARSE: Final = 16 * MiB
 
 _UNSUPPORTED: Final = {
     "compress": "-c: compressed images cannot be written yet",
-    "bitmaps": "--bitmaps: persistent bitmaps cannot be copied yet",
-    "skip_broken_bitmaps": "--skip-broken-bitmaps: persistent bitmaps cannot be copied yet",
     "salvage": "--salvage: unreadable ranges cannot be skipped yet",
     "snapshot": "-l: internal snapshots cannot be converted yet",
 }
@@ -80,8 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-r", dest="rate", metavar="RATE", help="limit in bytes per second")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     common.add_progress(parser)
-    for flag, name in (("-c", "compress"), ("--bitmaps", "bitmaps"), ("--skip-broken-bitmaps", "skip_broken_bitmaps"),
-                       ("--salvage", "salvage")):  # fmt: skip
+    parser.add_argument("--bitmaps", action="store_true", help="copy persistent dirty bitmaps too")
+    parser.add_argument("--skip-broken-bitmaps", action="store_true", help="without those that are inconsistent")
+    for flag, name in (("-c", "compress"), ("--salvage", "salvage")):
         parser.add_argument(flag, dest=name, action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("-l", dest="snapshot", help=argparse.SUPPRESS)
     parser.add_argument("names", nargs="*", metavar="SOURCE [SOURCE ...] TARGET")
@@ -109,6 +108,10 @@ def run(args: argparse.Namespace) -> int:
             )
             for name in wish.sources
         ]
+        if args.bitmaps:
+            from diskwright.cli.convert_bitmaps import check_source
+
+            check_source(sources[0], skip_broken=args.skip_broken_bitmaps)
         total = sum(common.guest_size(source) for source in sources)
         if not args.existing:
             refuse_to_overwrite(graph, wish.target)
@@ -116,6 +119,10 @@ def run(args: argparse.Namespace) -> int:
         target = _open_target(graph, wish, args)
         if target.size < total:
             raise Failure("output file is smaller than input file")
+        if args.bitmaps:
+            from diskwright.cli.convert_bitmaps import check_target
+
+            check_target(target)
         new = not args.existing or args.target_is_zero
         work = Conversion(
             target,
@@ -130,6 +137,10 @@ def run(args: argparse.Namespace) -> int:
         reporter = Reporter.of(args, lambda: Amount(*work.progress()), phase="convert")
         with reporter:
             _copy(work, sources, wish, interruption)
+            if args.bitmaps:
+                from diskwright.cli.convert_bitmaps import copy_bitmaps
+
+                copy_bitmaps(sources[0], target, skip_broken=args.skip_broken_bitmaps)
             reporter.phase = "flush"
             _finish(graph, target, wish)
         reporter.end_line()
@@ -254,6 +265,8 @@ def _wish(args: argparse.Namespace, options: str) -> Wish:
     for name, text in _UNSUPPORTED.items():
         if getattr(args, name):
             raise Failure(text)
+    if args.skip_broken_bitmaps and not args.bitmaps:
+        raise Failure("Use of --skip-broken-bitmaps requires --bitmaps")
     workers, sparse, speed = _workers(args.workers), _sparse(args.sparse), _speed(args.rate)
     if args.existing and args.options:
         raise Failure("-o has no effect when skipping image creation")
@@ -270,6 +283,8 @@ def _wish(args: argparse.Namespace, options: str) -> Wish:
     if args.target_image_opts and args.target_format is not None:
         raise Failure("--image-opts and --format are mutually exclusive")
     *sources, target = args.names
+    if args.bitmaps and len(sources) > 1:
+        raise Failure("Copying bitmaps only possible with single source")
     wanted: dict[str, object] = dict(common.option_mapping(options))
     wanted.pop("size", None)  # the target is as large as the source, whatever was asked for
     if args.backing_file is not None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import struct
-from typing import Any
+from typing import Any, Final
 
 from diskwright.core.driver import CheckReport, Format, Info, OpenContext, Reservation
 from diskwright.core.leases import Leases
 from diskwright.core.node import Node
-from diskwright.errors import CorruptImage, ImageError, UnsupportedFeature
+from diskwright.errors import CorruptImage, ImageError
 from diskwright.extents import Extent, Extents
 from diskwright.formats.qcow2 import header as fields
+from diskwright.formats.qcow2.bitmap_store import Qcow2Bitmaps
+from diskwright.formats.qcow2.bitmaps import Entry, describe, read_entries
 from diskwright.formats.qcow2.compressed import Decoder
 from diskwright.formats.qcow2.header import Header, read_header
 from diskwright.formats.qcow2.layout import MAGIC
@@ -19,13 +21,15 @@ from diskwright.formats.qcow2.options import Qcow2CreateOptions, Qcow2Options
 from diskwright.formats.qcow2.refcounts import Refcounts
 from diskwright.formats.qcow2.writing import Writer
 
+_KEPT_UP_TO_DATE: Final = fields.BITMAPS
+"""Autoclear features whose meaning is kept true by what writes here."""
+
 
 class Qcow2(Format):
     """A qcow2 image, version 2 or 3.
 
-    Read: every cluster size, zero and compressed clusters, images with internal snapshots or bitmaps.
-    Written: all of that except images with persistent bitmaps. Not opened at all: encrypted images, those
-    with an external data file, and those with extended L2 entries.
+    Read and written: every cluster size, zero and compressed clusters, images with internal snapshots or bitmaps.
+    Not opened at all: encrypted images, those with an external data file, and those with extended L2 entries.
     """
 
     name = "qcow2"
@@ -39,6 +43,7 @@ class Qcow2(Format):
         self.children = (file,)
         self._options, self._leases = options, leases
         self.writer: Writer | None = None
+        self.bitmap_store: Qcow2Bitmaps | None = None
         self._set_up(header)
 
     def _set_up(self, header: Header) -> None:
@@ -71,12 +76,12 @@ class Qcow2(Format):
         image = cls(context.file, header, options, context.leases if context.writable else None)
         if context.writable:
             image._begin_writing()
+        if not options.repair:
+            image.bitmap_store = Qcow2Bitmaps(image)
         return image
 
     def _begin_writing(self) -> None:
         header, path, options = self.header, self.children[0].filename, self._options
-        if header.autoclear_features & fields.BITMAPS and header.extension(fields.EXT_BITMAPS) is not None:
-            raise UnsupportedFeature(f"{path}: has persistent dirty bitmaps, which cannot be kept up to date here")
         if header.incompatible_features & fields.CORRUPT and not options.repair:
             raise ImageError(f"{path}: is marked corrupt; open it read-only, or repair it before writing to it")
         if not header.refcount_table_clusters and not options.repair:
@@ -96,6 +101,8 @@ class Qcow2(Format):
         file, header, cache = self.children[0], self.header, self._options.cache_size
         refcounts = Refcounts(file, header, cache // 4)
         self.writer = Writer(file, header, self.mapping, refcounts, self._leases, cache // 4)
+        if self.bitmap_store is not None:
+            self.bitmap_store.protect(self.writer)
         if not self._options.repair:
             self.in_place = self.writer.in_place  # type: ignore[method-assign]
 
@@ -108,9 +115,12 @@ class Qcow2(Format):
     def _clear_autoclear(self) -> None:
         """Whoever writes without knowing what a bit stands for has to clear it first."""
         header = self.header
-        if header.autoclear_features:
-            header.autoclear_features = 0
-            self.children[0].pwrite(fields.AT_AUTOCLEAR, bytes(8))
+        kept = header.autoclear_features & _KEPT_UP_TO_DATE
+        if header.extension(fields.EXT_BITMAPS) is None:
+            kept &= ~fields.BITMAPS
+        if kept != header.autoclear_features:
+            header.autoclear_features = kept
+            self.children[0].pwrite(fields.AT_AUTOCLEAR, struct.pack(">Q", kept))
             self.children[0].flush()
 
     # -- the map ---------------------------------------------------------------------------------
@@ -155,6 +165,8 @@ class Qcow2(Format):
     def resize(self, size: int, *, preallocation: str = "off") -> None:
         from diskwright.formats.qcow2.resize import resize
 
+        if self.bitmap_store is not None and self.writer is not None:
+            self.bitmap_store.before_resize(size)
         resize(self, size, preallocation)
 
     def check(self, repair: str) -> CheckReport:
@@ -168,6 +180,8 @@ class Qcow2(Format):
         specific["compression-type"] = header.compression
         if header.version >= 3:
             specific["lazy-refcounts"] = bool(header.compatible_features & fields.LAZY_REFCOUNTS)
+            if stored := self._bitmap_entries():
+                specific["bitmaps"] = [describe(entry) for entry in stored]
         specific["refcount-bits"] = 1 << header.refcount_order
         if header.version >= 3:
             specific["corrupt"] = bool(header.incompatible_features & fields.CORRUPT)
@@ -178,6 +192,11 @@ class Qcow2(Format):
             specific=specific,
         )
 
+    def _bitmap_entries(self) -> list[Entry]:
+        if self.bitmap_store is None:
+            return read_entries(self.children[0], self.header)
+        return self.bitmap_store.entries()
+
     def zero_init(self) -> bool:
         if self.backing is not None:
             return False
@@ -186,7 +205,11 @@ class Qcow2(Format):
 
     def close(self) -> None:
         if self.writer is not None:
-            self.writer.close()
+            try:
+                if self.bitmap_store is not None:
+                    self.bitmap_store.store()
+            finally:
+                self.writer.close()
 
 
 DRIVERS: tuple[Any, ...] = (Qcow2,)
