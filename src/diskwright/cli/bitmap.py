@@ -129,5 +129,5 @@ def _granularity(text: str | None) -> int | None:
     except OptionError:
         raise Failure(
             "Invalid granularity specified. You may use k, M, G, T, P or E suffixes for\n"
-            "kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes."
+            f"{common.PROGRAM}: kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes."
         ) from None

@@ -23,7 +23,7 @@ def check_source(source: Node, *, skip_broken: bool) -> None:
         if bitmap.inconsistent and not skip_broken:
             raise Failure(
                 f"Cannot copy inconsistent bitmap '{bitmap.name}'\n"
-                "Try --skip-broken-bitmaps, or use 'qemu-img bitmap --remove' to delete it"
+                f"Try --skip-broken-bitmaps, or use '{PROGRAM} bitmap --remove' to delete it"
             )
 
 
@@ -47,25 +47,26 @@ def copy_bitmaps(source: Node, target: Node, *, skip_broken: bool) -> None:
     for bitmap in reversed(found):
         if bitmap.name in there and not bitmap.inconsistent:
             raise Failure(f"Failed to create bitmap {bitmap.name}: Bitmap already exists: {bitmap.name}")
-    for bitmap in found:
-        if not bitmap.inconsistent:
-            _copy_one(target, bitmap)
+    made = [(bitmap, _make(target, bitmap)) for bitmap in found if not bitmap.inconsistent]
+    for bitmap, copy in reversed(made):
+        try:
+            copy.merge(bitmap)
+            copy.enabled = bitmap.enabled
+        except (DiskwrightError, OSError) as error:
+            for _, each in made:
+                bitmaps.remove(target, str(each.name))
+            raise Failure(f"Failed to populate bitmap {bitmap.name}: {message_of(error)}") from error
 
 
-def _copy_one(target: Node, bitmap: DirtyBitmap) -> None:
+def _make(target: Node, bitmap: DirtyBitmap) -> DirtyBitmap:
+    """An empty bitmap for the copy of ``bitmap``."""
     from diskwright.core import bitmaps
 
     assert bitmap.name is not None
     try:
-        made = bitmaps.add(target, bitmap.name, bitmap.granularity, persistent=True, enabled=False)
+        return bitmaps.add(target, bitmap.name, bitmap.granularity, persistent=True, enabled=False)
     except (DiskwrightError, OSError) as error:
         raise Failure(f"Failed to create bitmap {bitmap.name}: {message_of(error)}") from error
-    try:
-        made.merge(bitmap)
-        made.enabled = bitmap.enabled
-    except (DiskwrightError, OSError) as error:
-        bitmaps.remove(target, bitmap.name)
-        raise Failure(f"Failed to populate bitmap {bitmap.name}: {message_of(error)}") from error
 
 
 def _persistent(node: Node) -> list[DirtyBitmap]:

@@ -158,7 +158,8 @@ class Qcow2Bitmaps(BitmapStore):
         if entry.bitmap_table_size and (not entry.bitmap_table_offset or entry.bitmap_table_offset & (size - 1)):
             raise CorruptImage(path, "bitmap_table_offset", f"{entry.bitmap_table_offset:#x}")
         table = bitmaps.read_bitmap_table(file, bitmaps.BitmapTable(entry.bitmap_table_offset, entry.bitmap_table_size))
-        seen: set[int] = set()
+        own = entry.bitmap_table_offset
+        seen = set(range(own, own + entry.bitmap_table_size * 8, size))
         for value in table:
             place = bitmaps.cluster_of(value, size)
             if place is None or place in seen:
@@ -303,6 +304,8 @@ class Qcow2Bitmaps(BitmapStore):
     def _write_one(self, writer: Writer, kept: _Kept, taken: Runs) -> Entry:
         """Writes a bitmap to new places, which are put into ``taken``; returns the entry for them."""
         bitmap, size = kept.bitmap, writer.geometry.cluster_size
+        if bitmap.size != writer.header.size:
+            bitmap.resize(writer.header.size)  # a resize that failed half way
         old = _entry_of(kept)
         table = array("Q", bytes(8 * _table_size(writer.header, old)))
         step = size * 8 * bitmap.granularity  # bytes of the disk for which a cluster has the bits
