@@ -257,7 +257,6 @@ REWORDED = [
     "image image",
     "base.qcow2 base.qcow2",
     "-l snapshot image out",
-    "--bitmaps image out",
     "-c image out",
 ]
 
@@ -273,7 +272,7 @@ def test_refusals_in_other_words(words: str, tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("flag", ["--bitmaps", "--salvage"])
+@pytest.mark.parametrize("flag", ["--salvage"])
 def test_what_cannot_be_done_yet_is_refused_in_plain_words(flag: str, tmp_path: Path) -> None:
     images.build("qcow2-data", tmp_path)
     done = diskwright("convert", flag, "-O", "qcow2", "image", "out", cwd=tmp_path)

@@ -140,9 +140,9 @@ def test_granularity_must_be_a_power_of_two_from_512(granularity: int) -> None:
 
 
 def test_granularity_has_an_upper_limit() -> None:
-    assert DirtyBitmap(1 << 30, MAX_GRANULARITY).granularity == 64 << 20
-    with pytest.raises(OptionError, match="134217728"):
-        DirtyBitmap(1 << 30, 128 << 20)
+    assert DirtyBitmap(1 << 30, MAX_GRANULARITY).granularity == 2 << 30
+    with pytest.raises(OptionError, match="4294967296"):
+        DirtyBitmap(1 << 30, 4 << 30)
 
 
 def test_a_bitmap_that_would_not_fit_memory_is_refused_before_it_is_made() -> None:
@@ -256,3 +256,34 @@ def test_no_bit_is_lost_between_writers_and_a_taker() -> None:
     drain()
     assert target == source
     assert bitmap.granules == 0
+
+
+CHANGES = {
+    "mark": lambda b: b.mark(0, 1),
+    "clear": lambda b: b.clear(0, 1),
+    "take": lambda b: b.take(0),
+    "merge": lambda b: b.merge(DirtyBitmap(b.size, b.granularity)),
+    "resize": lambda b: b.resize(1 << 21),
+    "disable": lambda b: setattr(b, "enabled", False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_guard_is_asked_before_the_first_change(change: str) -> None:
+    bitmap = DirtyBitmap(1 << 20, 512)
+    bitmap.mark(4096, 1)
+    before = bytes(bitmap.buffer), bitmap.enabled, bitmap.size
+    calls = []
+
+    def guard() -> None:
+        calls.append((bytes(bitmap.buffer), bitmap.enabled, bitmap.size))
+        if len(calls) == 1:
+            raise OSError(5, "no")
+
+    bitmap.guard = guard
+    with pytest.raises(OSError, match="no"):
+        CHANGES[change](bitmap)
+    assert (bytes(bitmap.buffer), bitmap.enabled, bitmap.size) == before
+    CHANGES[change](bitmap)
+    CHANGES[change](bitmap)
+    assert calls == [before, before]

@@ -35,8 +35,6 @@ MAX_LEVEL: Final = 9
 MAX_ZSTD_LEVEL: Final = 19
 
 _UNSUPPORTED: Final = {
-    "bitmaps": "--bitmaps: persistent bitmaps cannot be copied yet",
-    "skip_broken_bitmaps": "--skip-broken-bitmaps: persistent bitmaps cannot be copied yet",
     "salvage": "--salvage: unreadable ranges cannot be skipped yet",
 }
 
@@ -93,8 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-r", dest="rate", metavar="RATE", help="limit in bytes per second")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     common.add_progress(parser)
-    for flag, name in (("--bitmaps", "bitmaps"), ("--skip-broken-bitmaps", "skip_broken_bitmaps"),
-                       ("--salvage", "salvage")):  # fmt: skip
+    parser.add_argument("--bitmaps", action="store_true", help="copy persistent dirty bitmaps too")
+    parser.add_argument("--skip-broken-bitmaps", action="store_true", help="without those that are inconsistent")
+    for flag, name in (("--salvage", "salvage"),):
         parser.add_argument(flag, dest=name, action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
         "-l", dest="snapshot", metavar="SNAPSHOT",
@@ -127,6 +126,10 @@ def run(args: argparse.Namespace) -> int:
             )
             for name in wish.sources
         ]
+        if args.bitmaps:
+            from diskwright.cli.convert_bitmaps import check_source
+
+            check_source(sources[0], skip_broken=args.skip_broken_bitmaps)
         total = sum(common.guest_size(source) for source in sources)
         if wish.compress and not args.existing:
             _require_compression(wish)
@@ -138,6 +141,10 @@ def run(args: argparse.Namespace) -> int:
             raise Failure("output file is smaller than input file")
         if wish.compress and not target.compresses:
             raise Failure(COMPRESSION)
+        if args.bitmaps:
+            from diskwright.cli.convert_bitmaps import check_target
+
+            check_target(target)
         new = not args.existing or args.target_is_zero
         make = partial(CompressedConversion, in_order=not args.out_of_order) if wish.compress else Conversion
         work = make(
@@ -153,6 +160,10 @@ def run(args: argparse.Namespace) -> int:
         reporter = Reporter.of(args, lambda: Amount(*work.progress()), phase="convert")
         with reporter:
             _copy(work, sources, wish, interruption)
+            if args.bitmaps:
+                from diskwright.cli.convert_bitmaps import copy_bitmaps
+
+                copy_bitmaps(sources[0], target, skip_broken=args.skip_broken_bitmaps)
             reporter.phase = "flush"
             _finish(graph, target, wish)
         reporter.end_line()
@@ -300,6 +311,8 @@ def _wish(args: argparse.Namespace, options: str) -> Wish:
     for name, text in _UNSUPPORTED.items():
         if getattr(args, name):
             raise Failure(text)
+    if args.skip_broken_bitmaps and not args.bitmaps:
+        raise Failure("Use of --skip-broken-bitmaps requires --bitmaps")
     workers, sparse, speed = _workers(args.workers), _sparse(args.sparse), _speed(args.rate)
     if args.existing and args.options:
         raise Failure("-o has no effect when skipping image creation")
@@ -320,6 +333,8 @@ def _wish(args: argparse.Namespace, options: str) -> Wish:
     if args.target_image_opts and args.target_format is not None:
         raise Failure("--image-opts and --format are mutually exclusive")
     *sources, target = args.names
+    if args.bitmaps and len(sources) > 1:
+        raise Failure("Copying bitmaps only possible with single source")
     wanted: dict[str, object] = dict(common.option_mapping(options))
     wanted.pop("size", None)  # the target is as large as the source, whatever was asked for
     if args.backing_file is not None:

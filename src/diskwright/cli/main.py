@@ -22,7 +22,7 @@ from diskwright.cli.common import PROGRAM, Failure, Parser, UsageError
 from diskwright.errors import DiskwrightError, message_of
 from diskwright.version import __version__
 
-_NOT_COMMANDS: Final = frozenset({"main", "common", "output", "progress"})
+_NOT_COMMANDS: Final = frozenset({"main", "common", "convert_bitmaps", "output", "progress"})
 
 TRACEBACK: Final = "DISKWRIGHT_TRACEBACK"
 """When this environment variable is set, an error ends with Python's traceback: for finding bugs."""

@@ -11,14 +11,14 @@ granule), so that NumPy can look at them and an image can store them without a c
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from bitarray import bitarray
 
 from diskwright.errors import GraphError, LimitExceeded, OptionError
 from diskwright.extents import windows
-from diskwright.units import KiB, MiB, is_power_of_two
+from diskwright.units import GiB, KiB, is_power_of_two
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 MIN_GRANULARITY: Final = 512
 """A sector: nothing smaller is ever written by itself."""
-MAX_GRANULARITY: Final = 64 * MiB
-"""What QMP accepts for a mirror; a coarser bitmap would copy far more than was written."""
+MAX_GRANULARITY: Final = 2 * GiB
+"""The coarsest that qcow2's programs store."""
 DEFAULT_GRANULARITY: Final = 64 * KiB
 
 MAX_GRANULES: Final = 1 << 33
@@ -39,10 +39,14 @@ RUN_WINDOW: Final = 1 << 20
 """Granules turned into columns of runs at a time: at most some 20 MiB of arrays whatever the pattern."""
 
 
+class InconsistentBitmap(GraphError):
+    """A bitmap was not stored properly: all that can be done with it is to remove it."""
+
+
 class DirtyBitmap:
     """Which granules of a disk of ``size`` bytes are dirty. Thread-safe. Offsets and lengths are bytes.
 
-    ``granularity`` is a power of two from 512 bytes to 64 MiB. Ranges are widened to whole granules, and
+    ``granularity`` is a power of two from 512 bytes to 2 GiB. Ranges are widened to whole granules, and
     cut at the disk's end. Raises OptionError for a bad granularity, LimitExceeded for one too small for
     the size (see ``MAX_GRANULES``).
 
@@ -50,6 +54,8 @@ class DirtyBitmap:
     ``readonly``      it belongs to an image that may not be changed
     ``inconsistent``  it was not stored properly, and says nothing any more
     ``persistent``    it is to be stored in its image
+    ``guard``         called once, before it first departs from what its image has stored (None: nothing to do);
+                      when that raises, nothing has changed
     """
 
     __slots__ = (
@@ -57,11 +63,12 @@ class DirtyBitmap:
         "_busy",
         "_bytes",
         "_dirty",
+        "_enabled",
         "_lock",
         "_shift",
         "_size",
-        "enabled",
         "granularity",
+        "guard",
         "inconsistent",
         "name",
         "persistent",
@@ -75,7 +82,8 @@ class DirtyBitmap:
             raise OptionError("Granularity must be power of 2 and at least 512")
         if granularity > MAX_GRANULARITY:
             raise OptionError(f"Granularity {granularity} is larger than {MAX_GRANULARITY}")
-        self.name, self.granularity, self.enabled = name, granularity, enabled
+        self.name, self.granularity, self._enabled = name, granularity, enabled
+        self.guard: Callable[[], None] | None = None
         self.readonly = self.inconsistent = self.persistent = self._busy = False
         self._shift = granularity.bit_length() - 1
         self._lock = threading.Lock()
@@ -99,6 +107,16 @@ class DirtyBitmap:
         return memory, bits
 
     # -- facts -----------------------------------------------------------------------------------
+
+    @property
+    def enabled(self) -> bool:
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        if value != self._enabled:
+            self.depart()
+            self._enabled = value
 
     @property
     def size(self) -> int:
@@ -130,6 +148,13 @@ class DirtyBitmap:
         """The bits themselves, read-only, valid until the next ``resize``. They change while one looks."""
         return memoryview(self._bytes).toreadonly()
 
+    def depart(self) -> None:
+        """Lets ``guard`` know, as every change does, that this is about to differ from what is stored."""
+        guard = self.guard
+        if guard is not None:
+            guard()
+            self.guard = None
+
     # -- use by one at a time --------------------------------------------------------------------
 
     @property
@@ -143,7 +168,7 @@ class DirtyBitmap:
         if self.readonly and not allow_readonly:
             raise GraphError(f"Bitmap '{self.name}' is readonly and cannot be modified")
         if self.inconsistent and not allow_inconsistent:
-            raise GraphError(f"Bitmap '{self.name}' is inconsistent and cannot be used")
+            raise InconsistentBitmap(f"Bitmap '{self.name}' is inconsistent and cannot be used")
 
     def hold(self, *, allow_readonly: bool = False) -> None:
         """Marks the bitmap as in use by an operation; the same errors as ``check``."""
@@ -159,7 +184,7 @@ class DirtyBitmap:
     def set(self, offset: int, length: int) -> None:
         """Marks a range that has been written. Does nothing while the bitmap is disabled. Never raises:
         it is called as a guest's write ends, which must not fail because of it."""
-        if not self.enabled:
+        if not self._enabled:
             return
         first = offset >> self._shift
         last = (offset + length - 1) >> self._shift
@@ -174,7 +199,7 @@ class DirtyBitmap:
 
     def set_segments(self, segments: Segments) -> None:
         """``set`` for each segment of a batch, under one lock."""
-        if not self.enabled:
+        if not self._enabled:
             return
         shift = self._shift
         with self._lock:
@@ -188,6 +213,7 @@ class DirtyBitmap:
 
     def mark(self, offset: int, length: int) -> None:
         """Marks a range whether enabled or not: for operations that hold the bitmap, not for writes."""
+        self.depart()
         with self._lock:
             self._fill(offset >> self._shift, (offset + length - 1 >> self._shift) + 1)
 
@@ -197,6 +223,7 @@ class DirtyBitmap:
 
     def clear(self, offset: int, length: int) -> None:
         """Unmarks the granules a range touches, whole granules: they must all be the caller's to clear."""
+        self.depart()
         with self._lock:
             self._empty(offset >> self._shift, (offset + length - 1 >> self._shift) + 1)
 
@@ -250,6 +277,7 @@ class DirtyBitmap:
 
     def take(self, offset: int, max_length: int | None = None) -> tuple[int, int] | None:
         """As ``next_dirty``, and the run is no longer dirty: its finder now has to copy it, or to mark it again."""
+        self.depart()
         with self._lock:
             run = self._next(offset, max_length)
             if run is None:
@@ -308,6 +336,7 @@ class DirtyBitmap:
                 f"Bitmaps are of different sizes (destination size is {self._size}, source size is {other.size}) "
                 "and can't be merged"
             )
+        self.depart()
         if other.granularity == self.granularity:
             for start, step in windows(0, self._size, RUN_WINDOW << self._shift):
                 self._merge_bits(start >> self._shift, other.read_bits(start, step))
@@ -328,6 +357,7 @@ class DirtyBitmap:
 
     def resize(self, size: int) -> None:
         """Follows the disk to a new size: what is new is clean, what is cut off is forgotten."""
+        self.depart()
         with self._lock:
             memory, bits = self._allocate(size)
             kept = min(len(memory), len(self._bytes))

@@ -29,6 +29,7 @@ from diskwright.core.permissions import Access
 from diskwright.extents import DATA, Extent, Extents
 
 if TYPE_CHECKING:
+    from diskwright.core.bitmap import DirtyBitmap
     from diskwright.core.node import Node
 
 COMPRESSION: Final = "Compression not supported for this file format"
@@ -273,6 +274,34 @@ class OpenContext:
     """Whether the guest's bytes will be asked for: when not, files that hold nothing else need not be opened."""
 
 
+class BitmapStore(ABC):
+    """The named dirty bitmaps an image keeps while it is closed.
+
+    A bitmap in memory may differ from what is stored as soon as its ``guard`` has been called; the format stores all
+    such bitmaps when it is closed. A crash before that must leave them marked as inconsistent.
+    """
+
+    available: bool = True
+    """Whether this very image can have any."""
+
+    @abstractmethod
+    def load(self) -> Sequence[DirtyBitmap]:
+        """What is stored, in its order, the first time; afterwards nothing. Bitmaps that were not stored properly
+        come without contents, marked ``inconsistent``. Raises CorruptImage, LimitExceeded."""
+
+    @abstractmethod
+    def check_new(self, name: str, granularity: int) -> None:
+        """Raises ImageError when a further bitmap of that name and granularity could not be stored."""
+
+    @abstractmethod
+    def add(self, bitmap: DirtyBitmap) -> None:
+        """``bitmap`` is to be stored too. Until it is, a crash loses it."""
+
+    @abstractmethod
+    def remove(self, bitmap: DirtyBitmap) -> None:
+        """Takes a bitmap out of the image, durably."""
+
+
 class Format(ABC):
     """A map from guest bytes to bytes of children. It moves no guest data itself.
 
@@ -303,6 +332,8 @@ class Format(ABC):
     backing: BackingHint | None = None
     compresses: bool = False
     """Whether clusters can be written compressed: ``encode`` and ``reserve_stored`` are there."""
+    bitmap_store: BitmapStore | None = None
+    """Where it keeps named dirty bitmaps; None for a format that has no place for them."""
     linear: int | None = None
     """When guest byte ``x`` always lies at ``linear + x`` of child 0, that distance: the node then asks
     no further. None for every other map."""

@@ -307,6 +307,9 @@ class FormatNode(Node):
     def __init__(self, name: str, format: Format, writable: bool) -> None:
         super().__init__(name, format.name, format.children[0].filename, writable)
         self.format = format
+        if writable and format.bitmap_store is not None:
+            # Who writes has to record it. Who only reads loads them when they are asked for (core.bitmaps).
+            self.bitmaps = tuple(format.bitmap_store.load())
 
     @property
     def size(self) -> int:

@@ -20,7 +20,7 @@ from functools import partial
 from time import monotonic
 from typing import Final, Literal, TypeVar, cast
 
-from diskwright.core.bitmap import DEFAULT_GRANULARITY, MAX_GRANULARITY, MIN_GRANULARITY, DirtyBitmap
+from diskwright.core.bitmap import DEFAULT_GRANULARITY, MIN_GRANULARITY, DirtyBitmap
 from diskwright.core.disk import Disk
 from diskwright.core.driver import not_supported
 from diskwright.core.graph import Graph
@@ -54,6 +54,9 @@ IDLE: Final = 0.05
 """Seconds between looks at the bitmap. Also the time a granule rests that is written all the time."""
 RETRY: Final = 0.2
 """Seconds before what failed is tried again, when the failure is to be ignored."""
+
+MAX_GRANULARITY: Final = 64 * MiB
+"""What QMP accepts for a mirror; a coarser bitmap would copy far more than was written."""
 
 SOURCE_ACCESS: Final = Access(READ, ALL & ~RESIZE)
 """Reads a disk whose writes it follows by itself; only its size has to stay."""

@@ -183,10 +183,10 @@ def test_unknown_autoclear_bits_are_cleared_for_writing_only() -> None:
     assert header_of(bytes(tape.data)).autoclear_features == 0
 
 
-def test_images_with_bitmaps_are_not_written_to() -> None:
+def test_impossible_bitmaps_keep_an_image_from_being_written_to_only() -> None:
     image = poked(extended(EXT_BITMAPS, struct.pack(">IIQQ", 1, 0, 64, 0x40000)), 88, BITMAPS)
     assert contents(image) == bytes(SIZE)
-    with pytest.raises(UnsupportedFeature, match="persistent dirty bitmaps"):
+    with pytest.raises(CorruptImage, match="bitmap_directory_offset is 0x40000"):
         Image(Tape(image))
 
 

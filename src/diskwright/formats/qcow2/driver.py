@@ -24,6 +24,8 @@ from diskwright.core.snapshots import SnapshotInfo, Snapshots, VmState, find, fi
 from diskwright.errors import CorruptImage, ImageError, OptionError, UnsupportedFeature
 from diskwright.extents import Extent, Extents
 from diskwright.formats.qcow2 import header as fields
+from diskwright.formats.qcow2.bitmap_store import Qcow2Bitmaps
+from diskwright.formats.qcow2.bitmaps import Entry, describe, read_entries
 from diskwright.formats.qcow2.caches import Cleaner, budgets, check_options
 from diskwright.formats.qcow2.compressed import Decoder
 from diskwright.formats.qcow2.encoding import Encoder
@@ -41,9 +43,9 @@ DATA_FILE_ROLE: Final = "data-file"
 class Qcow2(Format, Snapshots):
     """A qcow2 image, version 2 or 3.
 
-    Read: every cluster size, subclusters, zero and compressed clusters, external data files, internal snapshots, images
-    with bitmaps. Written: all of that except images with persistent bitmaps, and snapshots of images with a data file.
-    Not opened at all: encrypted images.
+    Read and written: every cluster size, subclusters, zero and compressed clusters, external data files, internal
+    snapshots, persistent bitmaps; but images with both a data file and snapshots are only read. Not opened at all:
+    encrypted images.
     """
 
     name = "qcow2"
@@ -74,6 +76,7 @@ class Qcow2(Format, Snapshots):
         self.unsettled = b""
         """Fields of the header that have to be in the file before anything else is written, because a write of them
         failed; see ``switch``."""
+        self.bitmap_store: Qcow2Bitmaps | None = None
         self._set_up(header)
 
     def _set_up(self, header: Header) -> None:
@@ -118,6 +121,8 @@ class Qcow2(Format, Snapshots):
         image = cls(context.file, header, options, context.leases if context.writable else None, data_file)
         if context.writable and not options.repair:
             image._begin_writing()
+        if not options.repair:
+            image.bitmap_store = Qcow2Bitmaps(image)
         if options.cache_clean_interval:
             image._cleaner = Cleaner(options.cache_clean_interval, image.clean_caches)
         return image
@@ -134,8 +139,6 @@ class Qcow2(Format, Snapshots):
 
     def _begin_writing(self) -> None:
         header, path = self.header, self.children[0].filename
-        if header.autoclear_features & fields.BITMAPS and header.extension(fields.EXT_BITMAPS) is not None:
-            raise UnsupportedFeature(f"{path}: has persistent dirty bitmaps, which cannot be kept up to date here")
         if header.data_file is not None and header.nb_snapshots:
             raise UnsupportedFeature(f"{path}: has snapshots, whose data the external data file holds only once")
         if header.incompatible_features & fields.CORRUPT:
@@ -167,6 +170,8 @@ class Qcow2(Format, Snapshots):
             self.writer = PackingWriter(file, header, mapping, refcounts, self._leases, places)
         self.writer.pass_requests, self.writer.pass_others = options.pass_discard_request, options.pass_discard_other
         self.writer.keeps_places = options.discard_no_unref
+        if self.bitmap_store is not None:
+            self.bitmap_store.protect(self.writer)
         self.in_place = self.writer.in_place  # type: ignore[method-assign]
 
     def reload(self) -> None:
@@ -199,6 +204,8 @@ class Qcow2(Format, Snapshots):
         """Whoever writes without knowing what a bit stands for has to clear it first."""
         header = self.header
         kept = fields.RAW_DATA_FILE if header.raw_data_file else 0
+        if header.extension(fields.EXT_BITMAPS) is not None:
+            kept |= header.autoclear_features & fields.BITMAPS
         if header.autoclear_features != kept:
             header.autoclear_features = kept
             self.children[0].pwrite(fields.AT_AUTOCLEAR, struct.pack(">Q", kept))
@@ -333,6 +340,8 @@ class Qcow2(Format, Snapshots):
         from diskwright.formats.qcow2.resize import resize
 
         self.settle()
+        if self.bitmap_store is not None and self.writer is not None:
+            self.bitmap_store.before_resize(size)
         resize(self, size, preallocation, conceal)
 
     def check(self, repair: str) -> CheckReport:
@@ -347,6 +356,8 @@ class Qcow2(Format, Snapshots):
         specific["compression-type"] = header.compression
         if header.version >= 3:
             specific["lazy-refcounts"] = bool(header.compatible_features & fields.LAZY_REFCOUNTS)
+            if stored := self._bitmap_entries():
+                specific["bitmaps"] = [describe(entry) for entry in stored]
         specific["refcount-bits"] = 1 << header.refcount_order
         if header.data_file is not None:
             if header.data_file:
@@ -360,6 +371,11 @@ class Qcow2(Format, Snapshots):
             dirty=bool(header.incompatible_features & fields.DIRTY),
             specific=specific,
         )
+
+    def _bitmap_entries(self) -> list[Entry]:
+        if self.bitmap_store is None:
+            return read_entries(self.children[0], self.header)
+        return self.bitmap_store.entries()
 
     # -- snapshots -------------------------------------------------------------------------------
 
@@ -378,6 +394,9 @@ class Qcow2(Format, Snapshots):
         from diskwright.formats.qcow2.changes import apply
 
         self.settle()
+        if self.bitmap_store is not None and self.bitmap_store.entries():
+            # What they recorded would not be true of the disk that comes back.
+            raise ImageError("Device has active dirty bitmaps")
         apply(self, id)
 
     def delete_snapshot(self, id: str) -> None:
@@ -414,7 +433,11 @@ class Qcow2(Format, Snapshots):
             self._cleaner.stop()
         if self.writer is not None:
             self.settle()
-            self.writer.close()
+            try:
+                if self.bitmap_store is not None:
+                    self.bitmap_store.store()
+            finally:
+                self.writer.close()
 
 
 def _open_data_file(context: OpenContext, header: Header) -> Node | None:

@@ -94,6 +94,10 @@ class Ordering:
         self._fresh = max(self._fresh, host + count)
         return host, count
 
+    def take(self, count: int) -> tuple[int, int]:
+        """``(first, n)``: some host clusters, at most ``count``, now taken."""
+        return self.growing(lambda: self._allocate(count))
+
     def take_adjoining(self, count: int) -> int:
         """The first of ``count`` adjoining host clusters, now taken."""
         first = self.growing(lambda: self.refcounts.allocate_exactly(count))
@@ -135,6 +139,14 @@ class Ordering:
     def _give_up_runs(self, runs: list[tuple[int, int]], *, unmap: bool) -> None:
         self._freed_clusters += sum(count for _, count in runs)
         self._quarantine.put(_Freed(self._era, runs, self.pass_requests if unmap else self.pass_others))
+
+    def give_back(self, runs: list[tuple[int, int]]) -> None:
+        """Host clusters that held other things than guest data, and that nothing in the file refers to any more."""
+        with self.lock:
+            for first, count in runs:
+                for host in range(first, first + count):
+                    self.metadata.remove(host)
+            self._give_up_runs(runs, unmap=True)
 
     def _host_runs(self, entries: Iterable[int]) -> list[tuple[int, int]]:
         """Host clusters that entries refer to; one that two compressed clusters share is there twice."""
