@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         total = sum(common.guest_size(source) for source in sources)
         if not args.existing:
             refuse_to_overwrite(graph, wish.target)
-            _create(wish, total, args.gate)
+            _create(wish, total, graph)
         target = _open_target(graph, wish, args)
         if target.size < total:
             raise Failure("output file is smaller than input file")
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _create(wish: Wish, size: int, gate: str) -> None:
+def _create(wish: Wish, size: int, graph: Graph) -> None:
     from diskwright.core.create import plan
 
     assert wish.target_format is not None
@@ -144,7 +144,7 @@ def _create(wish: Wish, size: int, gate: str) -> None:
     if not wish.sparse and "backing_file" not in options and _can_reserve(wish.target_format):
         options.setdefault("preallocation", "falloc")
     try:
-        creation = plan(wish.target, wish.target_format, options, gate=common.make_gate(gate))
+        creation = plan(wish.target, wish.target_format, options, gate=graph.gate, secrets=graph.secrets)
     except OptionError as error:
         raise Failure(message_of(error)) from error
     except (DiskwrightError, OSError) as error:
@@ -172,9 +172,12 @@ def _not_created(wish: Wish, error: BaseException) -> Failure:
 
 
 def _open_target(graph: Graph, wish: Wish, args: argparse.Namespace) -> Node:
+    from diskwright.core.secrets import needed_to_open
+
     return common.open_image(
         graph,
         wish.target,
+        options=needed_to_open(wish.options),
         format=wish.target_format,
         image_opts=args.target_image_opts,
         writable=True,

@@ -51,7 +51,7 @@ def _collect(graph: Graph, filename: str, args: argparse.Namespace) -> list[Imag
         if len(images) == MAX_CHAIN:
             raise Failure(f"The backing chain of '{filename}' is longer than {MAX_CHAIN} images")
         node = common.open_image(
-            graph, name, format=format, image_opts=image_opts, force_share=args.force_share, backing=False
+            graph, name, format=format, image_opts=image_opts, force_share=args.force_share, backing=False, io=False
         )
         facts = gather(node)
         named_by = node.filename

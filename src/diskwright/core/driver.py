@@ -26,9 +26,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 from diskwright.core.leases import Leases
 from diskwright.core.options import NoOptions
 from diskwright.core.permissions import Access
+from diskwright.core.secrets import Secrets
 from diskwright.extents import DATA, Extent, Extents
 
 if TYPE_CHECKING:
+    from diskwright.core.ciphered import Cipher
     from diskwright.core.node import Node
 
 Segment = tuple[int, memoryview]
@@ -232,6 +234,12 @@ class OpenContext:
     """``(role, filename, driver)``: opens a file that the image names, through the user's gate, as the
     child ``role``. Options the user gave for that role come first; then ``filename`` may be ''."""
     writable: bool
+    io: bool = True
+    """False when nobody will read or write the guest's bytes: an encrypted image then needs no key."""
+    roles: frozenset[str] = frozenset()
+    """The children besides ``file`` and ``backing`` that the user named."""
+    secrets: Secrets = field(default_factory=Secrets)
+    """Where ids are looked up that turn up later. Those in the options to open with are bound to it already."""
 
 
 class Format(ABC):
@@ -246,6 +254,8 @@ class Format(ABC):
     create_options: ClassVar[type] = NoOptions
     has_backing: ClassVar[bool] = False
     """Whether UNALLOCATED ranges may be answered by a backing node."""
+    child_roles: ClassVar[tuple[str, ...]] = ()
+    """Children besides ``file`` and ``backing`` that a user may name; see ``OpenContext.roles``."""
     suffixes: ClassVar[tuple[str, ...]] = ()
     """File name endings this format usually has; only a hint, never proof."""
 
@@ -261,6 +271,11 @@ class Format(ABC):
     linear: int | None = None
     """When guest byte ``x`` always lies at ``linear + x`` of child 0, that distance: the node then asks
     no further. None for every other map."""
+    cipher: Cipher | None = None
+    """What the bytes of DATA runs are encrypted with; the node does that. Set once, in ``open``. None also for an
+    encrypted image opened without ``OpenContext.io``."""
+    cipher_by_place: bool = False
+    """Whether the position ``cipher`` is told is where a sector lies in its child, rather than its guest offset."""
 
     @staticmethod
     @abstractmethod

@@ -24,6 +24,7 @@ from diskwright.core.gate import DirectoryGate, Gate, has_prefix, resolve
 from diskwright.core.leases import Leases
 from diskwright.core.node import FilterNode, FormatNode, Node, StorageNode, below_filters
 from diskwright.core.permissions import FORCED, READ, READER, RESIZE, WRITE, WRITE_UNCHANGED, WRITER, Access, combine
+from diskwright.core.secrets import Secrets, bind
 from diskwright.errors import GraphError, ImageError, LimitExceeded, OptionError
 from diskwright.units import MAX_CHAIN
 
@@ -41,6 +42,8 @@ class Mode:
     cache: str | None = None
     backing: bool = True
     """Whether backing files are opened at all."""
+    io: bool = True
+    """Whether anybody will read or write the guest's bytes."""
 
     def child_access(self, holds_format: bool) -> Access:
         """What a storage's locks should say: a format's file may grow, so its size is its own too."""
@@ -56,8 +59,9 @@ class Mode:
 class Graph:
     """All nodes of one process that may meet. Thread-safe; changes happen one at a time."""
 
-    def __init__(self, gate: Gate | None = None) -> None:
+    def __init__(self, gate: Gate | None = None, secrets: Secrets | None = None) -> None:
         self.gate = gate if gate is not None else DirectoryGate()
+        self.secrets = secrets if secrets is not None else Secrets()
         self.leases = Leases()
         self._lock = threading.RLock()
         self._nodes: dict[str, Node] = {}
@@ -77,14 +81,16 @@ class Graph:
         force_share: bool = False,
         cache: str | None = None,
         backing: bool = True,
+        io: bool = True,
     ) -> Node:
         """Opens ``spec`` and everything below it; returns the root node, which the caller owns (``release``).
 
-        ``driver`` names the format of a file name (None: probe). ``cache`` is a cache mode for the storages.
+        ``driver`` names the format of a file name (None: probe). ``cache`` is a cache mode for the storages. Without
+        ``io`` nobody may read or write the guest's bytes, and encrypted images open without their key.
         Raises OptionError, ImageError or OSError, with nothing left open.
         """
         with self._lock, self._undo_on_error() as made:
-            mode = Mode(writable, force_share, cache, backing)
+            mode = Mode(writable, force_share, cache, backing, io)
             node = self._open_any(spec, driver, mode, made, ())
             self._hold(node)
             return node
@@ -185,12 +191,16 @@ class Graph:
         made: list[Node],
         above: tuple[str, ...],
     ) -> Node:
-        roles = [key for key, value in options.items() if key == "backing" or isinstance(value, Mapping)]
+        options = opts.flatten(cls.options, options)
+        named = ("backing", *cls.child_roles)
+        roles = [key for key, value in options.items() if key in named or isinstance(value, Mapping)]
         given = {role: options.pop(role) for role in roles}
         opener = self._reference_opener(file, given, mode, made, above)
-        context = OpenContext(file, self.leases, opener, mode.writable)
-        form = cls.open(context, opts.parse(cls.options, _own(options), owner=cls.name))
-        node = FormatNode(self._name(options), form, mode.writable)
+        context = OpenContext(
+            file, self.leases, opener, mode.writable, mode.io, frozenset(given) - {"backing"}, self.secrets
+        )
+        form = cls.open(context, bind(opts.parse(cls.options, _own(options), owner=cls.name), self.secrets))
+        node = _format_node(self._name(options), form, mode.writable)
         self._add(node, made)
         for child in form.children:
             self._hold(child)
@@ -205,7 +215,7 @@ class Graph:
         chain = (*above, identity(node.filename))
         if len(chain) > MAX_CHAIN:
             raise LimitExceeded(f"{node.filename}: its backing chain is longer than {MAX_CHAIN} images")
-        below = Mode(False, mode.force_share, mode.cache)
+        below = Mode(False, mode.force_share, mode.cache, io=mode.io)
         if "backing" in given:
             choice = given["backing"]
             if choice is None or choice == "":
@@ -507,4 +517,14 @@ def _with_own_mode(mode: Mode, options: dict[str, object]) -> Mode:
     read_only = opts.BOOL.parse("read-only", options.pop("read-only", not mode.writable))
     force = opts.BOOL.parse("force-share", options.pop("force-share", mode.force_share))
     cache = options.get("cache", mode.cache)
-    return Mode(not read_only and mode.writable, force, cache if isinstance(cache, str) else None, mode.backing)
+    own_cache = cache if isinstance(cache, str) else None
+    return Mode(not read_only and mode.writable, force, own_cache, mode.backing, mode.io)
+
+
+def _format_node(name: str, form: Format, writable: bool) -> FormatNode:
+    """The kind of node a format needs; those that encrypt nothing know nothing of it."""
+    if form.cipher is None:
+        return FormatNode(name, form, writable)
+    from diskwright.core.ciphered import CipheredNode
+
+    return CipheredNode(name, form, writable)

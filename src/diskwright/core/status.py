@@ -67,7 +67,8 @@ def _follow(node: Node, run: Extent, depth: int, base: Node | None) -> Iterator[
         if isinstance(node, FormatNode) and node.format.linear is not None:
             yield from _holes(node, offset, length, depth)
         else:
-            yield Status(offset, length, False, True, True, depth, node, run.file_offset)
+            verbatim = not (isinstance(node, FormatNode) and node.format.cipher is not None)
+            yield Status(offset, length, False, True, True, depth, node, run.file_offset if verbatim else -1)
     elif kind == SPECIAL:
         yield Status(offset, length, False, True, True, depth, node, -1, True)
     elif kind == ZERO:
