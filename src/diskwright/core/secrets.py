@@ -6,8 +6,6 @@ returns. Nothing else here, no ``repr``, no error and no JSON, ever holds them.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final, TypeVar
@@ -129,6 +127,9 @@ def _given(options: Mapping[str, str]) -> bytes:
 
 
 def _from_base64(text: bytes) -> bytes:
+    import base64
+    import binascii
+
     try:
         return base64.b64decode(b"".join(text.split()), validate=True)
     except (ValueError, binascii.Error):

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from diskwright.core.cipher_options import CIPHERS, HASHES
 from diskwright.core.options import BOOL, INT, SIZE, OneOf, option
 from diskwright.core.secrets import SECRET, Secret
-
-CIPHERS = OneOf(
-    "aes-128", "aes-192", "aes-256", "cast5-128", "serpent-128", "serpent-192", "serpent-256",
-    "twofish-128", "twofish-192", "twofish-256", "camellia-128", "camellia-192", "camellia-256", "sm4-128",
-)  # fmt: skip
-HASHES = OneOf("md5", "sha1", "sha224", "sha256", "sha384", "sha512", "ripemd160")
 
 
 @dataclass(frozen=True, kw_only=True)

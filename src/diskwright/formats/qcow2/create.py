@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from diskwright.core.leases import Leases
 from diskwright.errors import LimitExceeded, OptionError
+from diskwright.formats.qcow2 import encryption
 from diskwright.formats.qcow2 import header as fields
 from diskwright.formats.qcow2.header import Header, feature_table
 from diskwright.formats.qcow2.layout import MAX_CLUSTER_BITS, MAX_L1_BYTES, MIN_CLUSTER_BITS
@@ -18,12 +19,14 @@ from diskwright.formats.qcow2.options import Qcow2CreateOptions, Qcow2Options
 from diskwright.units import MAX_BACKING_NAME, SECTOR, align_up, is_power_of_two
 
 if TYPE_CHECKING:
+    from diskwright.codecs.luks import Luks1
     from diskwright.core.node import Node
 
 
 def create(file: Node, options: Qcow2CreateOptions) -> None:
     """See ``Format.create``. Raises OptionError for options that do not go together, before anything is written."""
     header = plan(options)
+    luks = encryption.plan(options, header)
     beginning = header.encode()
     size = header.size
     unordered = cast("Node", _Unflushed(file))
@@ -35,7 +38,7 @@ def create(file: Node, options: Qcow2CreateOptions) -> None:
     table = struct.pack(">Q", 2 * cluster_size).ljust(cluster_size, b"\0")
     start = (empty.encode() if beginning else b"").ljust(cluster_size, b"\0")
     file.writev([(0, memoryview(start + table + bytes(block)))])
-    _grow(unordered, empty, size, options.preallocation)
+    _grow(unordered, empty, size, options, luks)
 
 
 def plan(options: Qcow2CreateOptions) -> Header:
@@ -103,7 +106,7 @@ def _count_first_clusters(block: bytearray, order: int) -> None:
             block[(cluster + 1) * width - 1] = 1
 
 
-def _grow(file: Node, header: Header, size: int, preallocation: str) -> None:
+def _grow(file: Node, header: Header, size: int, chosen: Qcow2CreateOptions, luks: Luks1 | None) -> None:
     from diskwright.formats.qcow2.driver import Qcow2
     from diskwright.formats.qcow2.refcounts import Refcounts
     from diskwright.formats.qcow2.resize import resize
@@ -114,7 +117,9 @@ def _grow(file: Node, header: Header, size: int, preallocation: str) -> None:
     image = Qcow2(file, header, options, leases)
     refcounts = Refcounts(file, header, options.cache_size // 4)
     image.writer = Writer(file, header, image.mapping, refcounts, leases, options.cache_size // 4)
-    resize(image, size, preallocation=preallocation)
+    resize(image, size, preallocation=chosen.preallocation)
+    if luks is not None:
+        encryption.store(image.writer, luks, chosen)
     image.close()
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import struct
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diskwright.core.driver import CheckReport, Format, Info, OpenContext, Reservation
+from diskwright.core.driver import CheckReport, Format, Info, OpenContext, Reservation, not_supported
 from diskwright.core.leases import Leases
 from diskwright.core.node import Node
 from diskwright.errors import CorruptImage, ImageError, UnsupportedFeature
@@ -19,12 +19,15 @@ from diskwright.formats.qcow2.options import Qcow2CreateOptions, Qcow2Options
 from diskwright.formats.qcow2.refcounts import Refcounts
 from diskwright.formats.qcow2.writing import Writer
 
+if TYPE_CHECKING:
+    from diskwright.formats.qcow2.encryption import Encryption
+
 
 class Qcow2(Format):
     """A qcow2 image, version 2 or 3.
 
     Read: every cluster size, zero and compressed clusters, images with internal snapshots or bitmaps.
-    Written: all of that except images with persistent bitmaps. Not opened at all: encrypted images, those
+    Written: all of that except images with persistent bitmaps. Not opened at all: images
     with an external data file, and those with extended L2 entries.
     """
 
@@ -39,6 +42,7 @@ class Qcow2(Format):
         self.children = (file,)
         self._options, self._leases = options, leases
         self.writer: Writer | None = None
+        self.encryption: Encryption | None = None
         self._set_up(header)
 
     def _set_up(self, header: Header) -> None:
@@ -55,6 +59,10 @@ class Qcow2(Format):
         self.extents = self.mapping.extents  # type: ignore[method-assign]
         self.decode = self._decoder.decode  # type: ignore[method-assign]
 
+    @property
+    def writable(self) -> bool:
+        return self._leases is not None
+
     # -- opening ---------------------------------------------------------------------------------
 
     @staticmethod
@@ -69,6 +77,12 @@ class Qcow2(Format):
         """See ``Format.open``. An image marked dirty is repaired when it is opened for writing."""
         header = read_header(context.file)
         image = cls(context.file, header, options, context.leases if context.writable else None)
+        if header.crypt_method or options.encrypt_format is not None:
+            from diskwright.formats.qcow2.encryption import open_encryption
+
+            open_encryption(image, options, context.secrets)
+            if image.encryption is not None and context.io:
+                image.cipher = image.encryption.cipher()
         if context.writable:
             image._begin_writing()
         return image
@@ -155,6 +169,9 @@ class Qcow2(Format):
     def resize(self, size: int, *, preallocation: str = "off") -> None:
         from diskwright.formats.qcow2.resize import resize
 
+        if self.encryption is not None and (self.cipher is None or preallocation != "off"):
+            # What is taken in advance would not read as zeros: those have to be written, encrypted.
+            raise not_supported("Growing an encrypted image with preallocation, or without its key,")
         resize(self, size, preallocation)
 
     def check(self, repair: str) -> CheckReport:
@@ -169,11 +186,14 @@ class Qcow2(Format):
         if header.version >= 3:
             specific["lazy-refcounts"] = bool(header.compatible_features & fields.LAZY_REFCOUNTS)
         specific["refcount-bits"] = 1 << header.refcount_order
+        if self.encryption is not None:
+            specific["encrypt"] = self.encryption.info()
         if header.version >= 3:
             specific["corrupt"] = bool(header.incompatible_features & fields.CORRUPT)
             specific["extended-l2"] = bool(header.incompatible_features & fields.EXTENDED_L2)
         return Info(
             cluster_size=self.cluster_size,
+            encrypted=self.encryption is not None or None,
             dirty=bool(header.incompatible_features & fields.DIRTY),
             specific=specific,
         )
@@ -181,8 +201,8 @@ class Qcow2(Format):
     def zero_init(self) -> bool:
         if self.backing is not None:
             return False
-        # Preallocated clusters show what the storage held before, where that is not zeros.
-        return self.children[0].zero_init or not any(self.mapping.l1)
+        # Preallocated clusters show what the storage held before, where that is not zeros; encrypted, they show noise.
+        return (self.children[0].zero_init and self.encryption is None) or not any(self.mapping.l1)
 
     def close(self) -> None:
         if self.writer is not None:

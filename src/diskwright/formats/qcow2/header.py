@@ -235,9 +235,8 @@ def _check_features(path: str, header: Header) -> None:
     if unknown:
         what = ", ".join(names.get((0, bit), f"unknown feature {bit}") for bit in range(64) if unknown >> bit & 1)
         raise UnsupportedFeature(f"{path}: needs qcow2 features that are not supported here: {what}")
-    if header.crypt_method:
-        method = {1: "AES", 2: "LUKS"}.get(header.crypt_method, f"method {header.crypt_method}")
-        raise UnsupportedFeature(f"{path}: is encrypted ({method}), which is not supported here")
+    if header.crypt_method > 2:
+        raise UnsupportedFeature(f"{path}: encryption method {header.crypt_method} is not known; 1, AES, and 2, LUKS, are")
     if header.compression_type >= len(COMPRESSION_NAMES):
         raise UnsupportedFeature(f"{path}: compression type {header.compression_type} is not known")
     if bool(header.compression_type) != bool(header.incompatible_features & COMPRESSION):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from diskwright.errors import ImageError, LimitExceeded, UnsupportedFeature
 from diskwright.extents import DATA, SPECIAL
+from diskwright.formats.qcow2.encryption import seal, unseal
 from diskwright.formats.qcow2.header import AT_L1, AT_SIZE
 from diskwright.formats.qcow2.layout import MAX_L1_BYTES, OFFSET_MASK
 from diskwright.formats.qcow2.refcounts import big_endian
@@ -82,7 +83,10 @@ def _zero_tail(image: Qcow2, writer: Writer) -> None:
         return
     place = writer.in_place(size, rest)
     if place >= 0:
-        file.write_zeros(place, rest)
+        if image.cipher is None:
+            file.write_zeros(place, rest)
+        else:
+            file.pwrite(place, seal(image, memoryview(bytes(rest)), size, place))
         return
     start = size - (size & g.cluster_mask)
     whole = bytearray(g.cluster_size)
@@ -92,9 +96,11 @@ def _zero_tail(image: Qcow2, writer: Writer) -> None:
         image.decode(run, memoryview(bytearray(file.pread(run.file_offset, run.stored))), used)
     else:
         file.readv([(run.file_offset, used)])
+        unseal(image, used, run)
     placed = writer.reserve(start, g.cluster_size)
     try:
-        file.pwrite(placed.extents[0].file_offset, whole)
+        place = placed.extents[0].file_offset
+        file.pwrite(place, seal(image, memoryview(whole), start, place))
     except BaseException:
         placed.abort()
         raise

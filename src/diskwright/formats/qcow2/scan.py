@@ -16,7 +16,7 @@ import numpy as np
 
 from diskwright.core.driver import CheckReport
 from diskwright.errors import CorruptImage, DiskwrightError, LimitExceeded
-from diskwright.formats.qcow2 import bitmaps
+from diskwright.formats.qcow2 import bitmaps, encryption
 from diskwright.formats.qcow2.layout import (
     COMPRESSED,
     COPIED,
@@ -188,6 +188,9 @@ class Scan:
             what = f"the L1 table of snapshot {number}"
             self._walk_l1(what, snapshot.l1_table_offset, snapshot.l1_size, active=False)
         self.region("the snapshot table", header.snapshots_offset, length)
+        luks = encryption.region(header)
+        if luks is not None:
+            self.region("the LUKS header", *luks)
         if self.with_refcount_structures:
             table = header.refcount_table_clusters << g.cluster_bits
             self.region("the refcount table", header.refcount_table_offset, table)
