@@ -99,8 +99,10 @@ def make_ivs(name: str, hash: str, length: int, cipher: str, key: bytes) -> Ivs:
 def hasher(name: str) -> Hash:
     """hashlib's function of that name. Raises UnsupportedFeature when this Python has none."""
     try:
-        hashlib.new(name)
+        width = hashlib.new(name).digest_size
     except (ValueError, TypeError):
+        width = 0
+    if not width:  # unknown, or of no fixed length
         raise UnsupportedFeature(f"The hash '{name}' is not available in this Python") from None
     return Hash(name)
 

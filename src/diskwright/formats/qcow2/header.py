@@ -236,7 +236,7 @@ def _check_features(path: str, header: Header) -> None:
         what = ", ".join(names.get((0, bit), f"unknown feature {bit}") for bit in range(64) if unknown >> bit & 1)
         raise UnsupportedFeature(f"{path}: needs qcow2 features that are not supported here: {what}")
     if header.crypt_method > 2:
-        raise UnsupportedFeature(f"{path}: encryption method {header.crypt_method} is not known; 1, AES, and 2, LUKS, are")
+        raise UnsupportedFeature(f"{path}: encryption method {header.crypt_method} is not known here")
     if header.compression_type >= len(COMPRESSION_NAMES):
         raise UnsupportedFeature(f"{path}: compression type {header.compression_type} is not known")
     if bool(header.compression_type) != bool(header.incompatible_features & COMPRESSION):
