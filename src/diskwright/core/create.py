@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 _MODE = 0o644
 
-_CHEAPEST: Final[Mapping[str, object]] = {"preallocation": "off", "iter_time": 1, "encrypt_iter_time": 1}
-"""Create options that change nothing about whether a creation is possible, but much about how long it takes."""
+_TIMES: Final = ("iter_time", "encrypt_iter_time")
+"""Create options that say how long something shall take."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,9 @@ class Plan:
         if self._is_plain() or path is None or not os.path.isfile(path) or not os.path.getsize(path):
             return
         rehearsed = self.format_options
-        cheap = {name: value for name, value in _CHEAPEST.items() if hasattr(rehearsed, name)}
+        cheap: dict[str, object] = {name: 1 for name in _TIMES if (getattr(rehearsed, name, None) or 0) > 1}
+        if hasattr(rehearsed, "preallocation"):
+            cheap["preallocation"] = "off"
         if cheap:
             from dataclasses import replace
 
