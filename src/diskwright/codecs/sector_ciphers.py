@@ -7,6 +7,7 @@ few sectors go to the library's own modes, one call a sector, which is quicker t
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Final
 
@@ -88,8 +89,8 @@ class SectorCipher(ABC):
         return np.frombuffer(buffer, np.uint64).reshape(-1, self.sector // self._blocks.block, width)
 
     def _all_blocks(self, source: Words, encrypt: bool) -> Words:
-        """Every block by itself, in a new array."""
-        out = _with_slack(source.nbytes)
+        """Every block by itself, in an array that is this thread's until its next call."""
+        out = _scratch("out", source.size + 2)
         into = self._blocks.encrypt_into if encrypt else self._blocks.decrypt_into
         into(_bytes_of(source), _bytes_of(out))
         return out[: source.size].reshape(source.shape)
@@ -126,7 +127,8 @@ class Xts(SectorCipher):
 
         words = self._words(source)
         tweaks = self._expand(words.shape[0], words.shape[1], self._tweaks.encrypt(vectors))
-        done = self._all_blocks(np.bitwise_xor(words, tweaks), encrypt)
+        whitened = _scratch("in", words.size).reshape(words.shape)
+        done = self._all_blocks(np.bitwise_xor(words, tweaks, out=whitened), encrypt)
         np.bitwise_xor(done, tweaks, out=self._words(into))
 
     @staticmethod
@@ -138,7 +140,7 @@ class Xts(SectorCipher):
         """
         import numpy as np
 
-        tweaks = np.empty((sectors, blocks, 2), np.uint64)
+        tweaks = _scratch("tweaks", sectors * blocks * 2).reshape(sectors, blocks, 2)
         tweaks[:, 0] = np.frombuffer(first, np.uint64).reshape(sectors, 2)
         known = 1
         while known < blocks:
@@ -192,11 +194,10 @@ class Cbc(SectorCipher):
         self._words(into)[:] = plain
 
     def _chain(self, words: Words, before: Words) -> Words:
-        import numpy as np
-
         sectors, blocks, width = words.shape
-        columns = np.ascontiguousarray(words.transpose(1, 0, 2))
-        flat = _with_slack(words.nbytes)
+        columns = _scratch("in", words.size).reshape(blocks, sectors, width)
+        columns[:] = words.transpose(1, 0, 2)
+        flat = _scratch("out", words.size + 2)
         out = flat[: words.size].reshape(blocks, sectors, width)
         room, size = _bytes_of(flat), sectors * width * 8
         encrypt_into = self._blocks.encrypt_into
@@ -269,11 +270,20 @@ def sector_cipher(
     return kinds[mode](blocks, ivs, sector, iv_per_sector=iv_per_sector)
 
 
-def _with_slack(size: int) -> Words:
-    """An array of ``size`` bytes and a block more, which the library wants to see behind its output."""
+_arrays = threading.local()
+
+
+def _scratch(use: str, count: int) -> Words:
+    """An array of ``count`` words for one ``use``, the same one for every call of a thread: fresh memory of this size
+    comes from the kernel page by page, which takes as long as the encryption. What the library writes to needs two
+    words more than it fills."""
     import numpy as np
 
-    return np.empty(size // 8 + 2, np.uint64)
+    found: Words | None = getattr(_arrays, use, None)
+    if found is None or found.size < count:
+        found = np.empty(max(count, PIECE // 8 + 2), np.uint64)
+        setattr(_arrays, use, found)
+    return found[:count]
 
 
 def _bytes_of(words: Words) -> memoryview:
