@@ -16,6 +16,7 @@ from typing import Protocol
 
 from diskwright.core.driver import FilePlace, Format, Reservation, Segment, Segments, not_supported
 from diskwright.core.node import FormatNode, fill_zeros
+from diskwright.errors import ImageError
 from diskwright.extents import DATA, SPECIAL, UNALLOCATED, Extent
 from diskwright.units import align_up
 
@@ -31,6 +32,21 @@ class Cipher(Protocol):
 
     def decrypt(self, buffer: memoryview, position: int) -> None:
         """Whole sectors, where they are."""
+
+
+class Locked:
+    """The cipher of an image that was opened without its key: it refuses."""
+
+    sector = 512
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def encrypt(self, source: memoryview, into: memoryview, position: int) -> None:
+        raise ImageError(f"{self._path}: is encrypted, and was opened without its key")
+
+    def decrypt(self, buffer: memoryview, position: int) -> None:
+        raise ImageError(f"{self._path}: is encrypted, and was opened without its key")
 
 
 class CipheredNode(FormatNode):

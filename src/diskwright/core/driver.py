@@ -272,8 +272,8 @@ class Format(ABC):
     """When guest byte ``x`` always lies at ``linear + x`` of child 0, that distance: the node then asks
     no further. None for every other map."""
     cipher: Cipher | None = None
-    """What the bytes of DATA runs are encrypted with; the node does that. Set once, in ``open``. None also for an
-    encrypted image opened without ``OpenContext.io``."""
+    """What the bytes of DATA runs are encrypted with; the node does that. Set once, in ``open``; an encrypted
+    image opened without ``OpenContext.io`` has ``ciphered.Locked``."""
     cipher_by_place: bool = False
     """Whether the position ``cipher`` is told is where a sector lies in its child, rather than its guest offset."""
 

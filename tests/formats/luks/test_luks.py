@@ -235,6 +235,14 @@ def test_wrong_missing_and_unknown_secrets(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"^No secret with id 'nope'$"):
         diskwright.open({"driver": "luks", "file.filename": str(path), "key-secret": "nope"})
     assert diskwright.info(path)["encrypted"] is True
+    graph = Graph()
+    node = graph.open(str(path), writable=True, io=False)
+    before = path.read_bytes()
+    for work in (lambda: node.pread(0, 512), lambda: node.pwrite(0, bytes(512)), lambda: node.write_zeros(0, 10)):
+        with pytest.raises(ImageError, match="opened without its key"):
+            work()
+    graph.close()
+    assert path.read_bytes() == before
 
 
 def test_a_failed_creation_leaves_what_was_there(tmp_path: Path) -> None:

@@ -9,14 +9,14 @@ from typing import Final
 from diskwright.codecs.ivs import hasher
 from diskwright.errors import LimitExceeded, UnsupportedFeature
 
-MAX_ITERATIONS: Final = 1 << 26
+MAX_ITERATIONS: Final = 1 << 28
 """Most PBKDF2 iterations (times hash blocks of output) that opening one image may cost, all its key slots together:
-about half a minute on one core. The usual two seconds of a fast core are a tenth of it a slot."""
+a minute or two on one core. Eight slots of two seconds each, made on the fastest cores, take a third of it."""
 
 MAX_ARGON2_MEMORY: Final = 1 << 20
 """Most memory of one Argon2 run, in KiB: 1 GiB, the most that cryptsetup itself takes unless it is told to."""
 
-MAX_ARGON2_WORK: Final = 1 << 25
+MAX_ARGON2_WORK: Final = 1 << 27
 """Most Argon2 passes times KiB that opening one image may cost, all its key slots together."""
 
 MAX_ARGON2_LANES: Final = 64

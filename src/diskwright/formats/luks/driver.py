@@ -8,6 +8,7 @@ from typing import Any
 from diskwright.codecs.luks import MAGIC, Area, Luks1, Luks2, read_header
 from diskwright.codecs.luks.facts import facts
 from diskwright.core import options as opts
+from diskwright.core.ciphered import Locked
 from diskwright.core.driver import CheckReport, Format, Info, OpenContext, not_supported
 from diskwright.core.node import Node
 from diskwright.core.secrets import Secret, Secrets, bind
@@ -54,8 +55,7 @@ class Luks(Format):
         header = read_header(_area(header_file or file))
         image = cls(file, header_file, header, options.key_secret, context.secrets)
         image._check_payload()
-        if context.io:
-            image.cipher = header.cipher(image._unlock())
+        image.cipher = header.cipher(image._unlock()) if context.io else Locked(file.filename)
         return image
 
     def _check_payload(self) -> None:

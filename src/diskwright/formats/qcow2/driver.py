@@ -80,9 +80,7 @@ class Qcow2(Format):
         if header.crypt_method or options.encrypt_format is not None:
             from diskwright.formats.qcow2.encryption import open_encryption
 
-            open_encryption(image, options, context.secrets)
-            if image.encryption is not None and context.io:
-                image.cipher = image.encryption.cipher()
+            open_encryption(image, options, context.secrets, io=context.io)
         if context.writable:
             image._begin_writing()
         return image
@@ -169,9 +167,9 @@ class Qcow2(Format):
     def resize(self, size: int, *, preallocation: str = "off") -> None:
         from diskwright.formats.qcow2.resize import resize
 
-        if self.encryption is not None and (self.cipher is None or preallocation != "off"):
+        if self.encryption is not None and preallocation != "off":
             # What is taken in advance would not read as zeros: those have to be written, encrypted.
-            raise not_supported("Growing an encrypted image with preallocation, or without its key,")
+            raise not_supported("Growing an encrypted image with preallocation")
         resize(self, size, preallocation)
 
     def check(self, repair: str) -> CheckReport:

@@ -131,14 +131,20 @@ def amend_encryption(image: Qcow2, options: Mapping[str, object], *, force: bool
     image.encryption.amend(options, force=force)
 
 
-def open_encryption(image: Qcow2, options: Qcow2Options, secrets: Secrets) -> None:
-    """Finds out how the image is encrypted, if it is."""
+def open_encryption(image: Qcow2, options: Qcow2Options, secrets: Secrets, *, io: bool) -> None:
+    """Finds out how the image is encrypted, if it is, and with ``io`` unlocks it."""
     header, path = image.header, image.children[0].filename
     if header.crypt_method:
         image.encryption = Encryption(image.children[0], header, options, secrets)
         image.cipher_by_place = image.encryption.by_place
         if header.size % SECTOR and image.writable:
             raise CorruptImage(path, "size", header.size, 24, "an encrypted disk has whole sectors")
+        if io:
+            image.cipher = image.encryption.cipher()
+        else:
+            from diskwright.core.ciphered import Locked
+
+            image.cipher = Locked(path)
     elif options.encrypt_format is not None:
         raise OptionError(
             f"No encryption in image header, but options specified format '{options.encrypt_format}'"
