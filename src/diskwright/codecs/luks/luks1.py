@@ -8,7 +8,7 @@ import struct
 import uuid
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Final
+from typing import ClassVar, Final, Literal
 
 from diskwright.codecs.block_ciphers import algorithm
 from diskwright.codecs.ivs import hasher
@@ -77,7 +77,7 @@ class Luks1:
     uuid: str = ""
     slots: list[Slot] = field(default_factory=list)
 
-    version: Final = 1
+    version: ClassVar[Literal[1]] = 1
 
     # -- facts -----------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import hmac
 import json
 import struct
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, ClassVar, Final, Literal
 
 from diskwright.codecs.ivs import hasher
 from diskwright.codecs.luks import antiforensic
@@ -39,7 +39,7 @@ MAX_SALT: Final = 1024
 class Luks2:
     """The metadata of one LUKS2 image, and the one segment it describes."""
 
-    version: Final = 2
+    version: ClassVar[Literal[2]] = 2
 
     def __init__(self, area: Area, uuid: str, label: str, data: Mapping[str, Any]) -> None:
         self.uuid, self.label, self.data = uuid, label, data

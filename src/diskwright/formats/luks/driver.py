@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
-from diskwright.codecs.luks import MAGIC, Area, Luks1, Luks2, read_header
-from diskwright.codecs.luks.facts import facts
 from diskwright.core import options as opts
 from diskwright.core.ciphered import Locked
 from diskwright.core.driver import CheckReport, Format, Info, OpenContext, not_supported
@@ -16,6 +14,12 @@ from diskwright.errors import CorruptImage, LimitExceeded, OptionError, Unsuppor
 from diskwright.extents import DATA, Extent, Extents
 from diskwright.formats.luks.options import LuksAmendOptions, LuksCreateOptions, LuksOptions
 from diskwright.units import MAX_DISK_SIZE, SECTOR, align_down, align_up
+
+if TYPE_CHECKING:
+    from diskwright.codecs.luks import Area, Luks1, Luks2
+
+MAGIC: Final = b"LUKS\xba\xbe"
+# What works on LUKS headers is imported where it is needed: every probe of an image loads this module.
 
 
 class Luks(Format):
@@ -38,8 +42,8 @@ class Luks(Format):
         self.header, self._key, self._secrets = header, key, secrets
         self.area = _area(header_file or file)
         self._start = header.payload_start
-        self._sector = header.sector_size if isinstance(header, Luks2) else SECTOR
-        self._fixed_size = header.payload_size if isinstance(header, Luks2) else None
+        self._sector = header.sector_size if header.version == 2 else SECTOR
+        self._fixed_size = header.payload_size if header.version == 2 else None
 
     # -- opening ---------------------------------------------------------------------------------
 
@@ -50,6 +54,8 @@ class Luks(Format):
 
     @classmethod
     def open(cls, context: OpenContext, options: LuksOptions) -> Luks:
+        from diskwright.codecs.luks import read_header
+
         file = context.file
         header_file = context.open_reference("header", "", "file") if "header" in context.roles else None
         header = read_header(_area(header_file or file))
@@ -101,6 +107,8 @@ class Luks(Format):
             raise OptionError("Parameter 'key-secret' is required for cipher")
         if options.iter_time < 1:
             raise OptionError("iter-time must be larger than zero")
+        from diskwright.codecs.luks import Luks1
+
         passphrase = options.key_secret.reveal()
         header = Luks1.plan(
             options.cipher_alg, options.cipher_mode, options.ivgen_alg, options.ivgen_hash_alg, options.hash_alg
@@ -124,6 +132,7 @@ class Luks(Format):
         self, options: Mapping[str, object], *, force: bool = False, progress: Callable[[int, int], None] | None = None
     ) -> None:
         """Adds or erases passphrases; see ``codecs.luks.slots``."""
+        from diskwright.codecs.luks import Luks1
         from diskwright.codecs.luks.slots import SlotChange, change
 
         for name in options:
@@ -142,6 +151,8 @@ class Luks(Format):
         raise not_supported("This image format does not support checks")
 
     def info(self) -> Info:
+        from diskwright.codecs.luks.facts import facts
+
         return Info(encrypted=True, specific=facts(self.header))
 
     def zero_init(self) -> bool:
@@ -149,6 +160,8 @@ class Luks(Format):
 
 
 def _area(file: Node) -> Area:
+    from diskwright.codecs.luks import Area
+
     return Area(file, file.filename, file.size)
 
 
