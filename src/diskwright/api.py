@@ -20,6 +20,7 @@ from diskwright.core.graph import Graph, Spec
 from diskwright.core.node import FormatNode, Node, below_filters, format_of
 from diskwright.core.permissions import ALL, READ, WRITE, Access
 from diskwright.core.registry import find
+from diskwright.core.secrets import Secrets, needed_to_open
 from diskwright.errors import JobError
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all), from a worker thread, some times a second."""
+
+SecretValues = Mapping[str, bytes | str]
+"""Passphrases and keys by the ids under which options name them."""
 
 GUEST = Access(READ | WRITE, ALL & ~WRITE)
 """A guest that a job may follow, and nobody else may write beside."""
@@ -44,14 +48,18 @@ def open(
     force_share: bool = False,
     cache: str | None = None,
     snapshot: str | None = None,
+    secrets: SecretValues | None = None,
 ) -> Disk:
     """Opens an image as a ``Disk``; closing the disk closes everything that was opened for it.
+
+    ``secrets`` holds what options name by an id: ``open({"filename": "a.luks", "key-secret": "sec0"},
+    secrets={"sec0": b"passphrase"})``.
 
     ``format`` None means probe: for a raw disk that somebody else may write to, state it. ``cache`` is none,
     writeback, writethrough, directsync or unsafe. ``snapshot`` opens the internal snapshot with this id, or else this
     name, read-only. Raises ImageError, OptionError or OSError.
     """
-    graph = Graph(gate)
+    graph = Graph(gate, Secrets(secrets))
     try:
         spec = _spec(image) if snapshot is None else _with_snapshot(_spec(image), snapshot)
         node = graph.open(spec, driver=format, writable=writable, force_share=force_share, cache=cache)
@@ -69,6 +77,7 @@ def create(
     size: int | str | None = None,
     *,
     gate: Gate | None = None,
+    secrets: SecretValues | None = None,
     **options: object,
 ) -> None:
     """Makes a new image; an existing file is overwritten, unless another process is using it (ImageLocked).
@@ -80,7 +89,7 @@ def create(
 
     if size is not None:
         options["size"] = size
-    create_image(os.fspath(filename), format, options, gate=gate)
+    create_image(os.fspath(filename), format, options, gate=gate, secrets=Secrets(secrets))
 
 
 def format_by_name(filename: str, otherwise: str) -> str:
@@ -109,8 +118,10 @@ def open_target(
         from diskwright.core.create import create_image, refuse_to_overwrite
 
         refuse_to_overwrite(graph, filename)
-        create_image(filename, format, {"size": size, **(options or {})}, gate=graph.gate, sparing=graph)
-    spec = {"driver": format, "filename": filename, **opening} if opening else filename
+        create_image(
+            filename, format, {"size": size, **(options or {})}, gate=graph.gate, secrets=graph.secrets, sparing=graph
+        )
+    spec = {"driver": format, "filename": filename, **needed_to_open(options or {}), **(opening or {})}
     return graph.open(spec, driver=format, writable=True, cache=cache)
 
 
@@ -277,6 +288,7 @@ def convert(
     compress: bool | int = False,
     gate: Gate | None = None,
     progress: Progress | None = None,
+    secrets: SecretValues | None = None,
 ) -> None:
     """Copies an image into a new one of ``format`` (default: by its ending, else raw), durable when this returns.
 
@@ -289,7 +301,7 @@ def convert(
     from diskwright.engine.compress import CompressedConversion
     from diskwright.engine.convert import Conversion, CopyFailed
 
-    graph = Graph(gate)
+    graph = Graph(gate, Secrets(secrets))
     try:
         node = graph.open(_spec(source), driver=source_format)
         name = os.fspath(target)
@@ -316,12 +328,13 @@ def compare(
     left_format: str | None = None,
     right_format: str | None = None,
     gate: Gate | None = None,
+    secrets: SecretValues | None = None,
 ) -> int | None:
     """The offset of the first byte in which two images differ, or None. What one has beyond the other's end counts as
     compared with zeros."""
     from diskwright.engine.compare import beyond_is_zero, first_difference
 
-    graph = Graph(gate)
+    graph = Graph(gate, Secrets(secrets))
     try:
         a, b = graph.open(_spec(left), driver=left_format), graph.open(_spec(right), driver=right_format)
         found = first_difference(a, b, graph.leases)
@@ -340,7 +353,7 @@ def check(
     format that has nothing to check."""
     graph = Graph(gate)
     try:
-        node = graph.open(_spec(image), driver=format, writable=repair != "none", backing=False)
+        node = graph.open(_spec(image), driver=format, writable=repair != "none", backing=False, guest_data=False)
         return format_of(node).check(repair)
     finally:
         graph.close()
@@ -415,6 +428,8 @@ def info(image: Spec | os.PathLike[str], *, format: str | None = None, force_sha
             if node.format.backing is not None:
                 facts["backing-filename"] = node.format.backing.filename
                 facts["backing-filename-format"] = node.format.backing.format
+            if details.encrypted:
+                facts["encrypted"] = True
             if details.specific is not None:
                 facts["format-specific"] = {"type": node.driver_name, "data": dict(details.specific)}
         return {name: value for name, value in facts.items() if value is not None}

@@ -26,6 +26,7 @@ from diskwright.core.gate import DirectoryGate
 from diskwright.core.graph import Graph
 from diskwright.core.node import format_of
 from diskwright.core.probe import probe_head
+from diskwright.core.secrets import Secrets, bind
 from diskwright.errors import DiskwrightError
 from diskwright.extents import DATA, SPECIAL, UNALLOCATED, ZERO, Extents
 
@@ -43,6 +44,11 @@ class FormatConformance:
     sparse: ClassVar[bool] = True
     """Whether a new image says of itself that nothing is in it."""
     model_examples: ClassVar[int] = 40
+    open_options: ClassVar[dict[str, object]] = {}
+    secrets: ClassVar[dict[str, bytes | str]] = {}
+    """What options name by id."""
+    encrypted: ClassVar[bool] = False
+    """Whether stored bytes differ from the guest's."""
 
     # -- making and opening ----------------------------------------------------------------------
 
@@ -58,14 +64,16 @@ class FormatConformance:
         file = graph.open({"driver": "file", "filename": str(path)}, writable=True)
         driver = self.driver()
         values = {"size": size, **self.create_options, **options}
-        driver.create(file, opts.parse(driver.create_options, values, owner=driver.name))
+        typed = opts.parse(driver.create_options, values, owner=driver.name)
+        driver.create(file, bind(typed, Secrets(self.secrets)))
         file.flush()
         graph.close()
         return path
 
     def open(self, path: Path, *, writable: bool = True, **options: Any) -> Disk:
-        graph = Graph(DirectoryGate())
-        node = graph.open({"driver": self.format_name, "file.filename": str(path), **options}, writable=writable)
+        graph = Graph(DirectoryGate(), Secrets(self.secrets))
+        spec = {"driver": self.format_name, "file.filename": str(path), **self.open_options, **options}
+        node = graph.open(spec, writable=writable)
         return graph.disk(node, owns_graph=True)
 
     @pytest.fixture
@@ -268,7 +276,7 @@ class FormatConformance:
             at = run.end
             if run.kind == DATA:
                 stored = form.children[run.child].pread(run.file_offset, run.length)
-                assert stored == disk.pread(run.offset, run.length)
+                assert (stored == disk.pread(run.offset, run.length)) is not self.encrypted
             elif run.kind in (ZERO, UNALLOCATED):
                 assert not any(disk.pread(run.offset, run.length))
         assert at == SIZE

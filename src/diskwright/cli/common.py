@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from diskwright.core.gate import Gate
     from diskwright.core.graph import Graph
     from diskwright.core.node import Node
+    from diskwright.core.secrets import Secrets
 
 PROGRAM: Final = "diskwright"
 
@@ -138,7 +139,11 @@ def add_force_share(parser: argparse.ArgumentParser) -> None:
 
 
 def add_object(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--object", action="append", default=[], metavar="DEF", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--object", action="append", default=[], metavar="DEF",
+        help="a secret that options name by its id: secret,id=sec0,file=PATH (or data=TEXT), with format=raw|base64, "
+        "and keyid= and iv= when it is encrypted itself",
+    )  # fmt: skip
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -201,12 +206,34 @@ def make_gate(name: str) -> Gate:
     return gates[name]()
 
 
+def secrets_of(args: argparse.Namespace) -> Secrets:
+    """The secrets the user defined with ``--object``. Raises Failure."""
+    from diskwright.core.options import split_pairs
+    from diskwright.core.secrets import Secrets
+
+    secrets = Secrets()
+    for text in args.object:
+        kind, _, rest = text.partition(",")
+        try:
+            pairs = split_pairs(rest)
+        except OptionError:
+            raise Failure("An --object has a value without a name") from None  # not with the text: it holds a secret
+        kind = kind.removeprefix("qom-type=")
+        if kind != "secret":
+            raise Failure(f"Parameter 'qom-type' does not accept value '{kind}'")
+        try:
+            secrets.add_object(pairs)
+        except OptionError as error:
+            raise Failure(str(error)) from None
+    return secrets
+
+
 @contextmanager
 def graph_of(args: argparse.Namespace) -> Iterator[Graph]:
     """A graph with the user's gate, closed at the end."""
     from diskwright.core.graph import Graph
 
-    graph = Graph(make_gate(args.gate))
+    graph = Graph(make_gate(args.gate), secrets_of(args))
     try:
         yield graph
     except BaseException:

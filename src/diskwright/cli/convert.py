@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
             _require_compression(wish)
         if not args.existing:
             refuse_to_overwrite(graph, wish.target)
-            _create(wish, total, args.gate, graph)
+            _create(wish, total, graph)
         target = _open_target(graph, wish, args)
         if target.size < total:
             raise Failure("output file is smaller than input file")
@@ -192,7 +192,7 @@ def _require_compression(wish: Wish) -> None:
         raise Failure(f"--compression-level is 1 to {MAX_LEVEL} with zlib")
 
 
-def _create(wish: Wish, size: int, gate: str, sources: Graph) -> None:
+def _create(wish: Wish, size: int, graph: Graph) -> None:
     from diskwright.core.create import plan
 
     assert wish.target_format is not None
@@ -200,13 +200,13 @@ def _create(wish: Wish, size: int, gate: str, sources: Graph) -> None:
     if not wish.sparse and not wish.compress and "backing_file" not in options and _can_reserve(wish.target_format):
         options.setdefault("preallocation", "falloc")
     try:
-        creation = plan(wish.target, wish.target_format, options, gate=common.make_gate(gate))
+        creation = plan(wish.target, wish.target_format, options, gate=graph.gate, secrets=graph.secrets)
     except OptionError as error:
         raise Failure(message_of(error)) from error
     except (DiskwrightError, OSError) as error:
         raise _not_created(wish, error) from error
     try:
-        creation.make(sparing=sources)
+        creation.make(sparing=graph)
     except (DiskwrightError, OSError) as error:
         raise _not_created(wish, error) from error
 
@@ -228,6 +228,11 @@ def _not_created(wish: Wish, error: BaseException) -> Failure:
 
 
 def _open_target(graph: Graph, wish: Wish, args: argparse.Namespace) -> Node:
+    from diskwright.core.secrets import needed_to_open
+
+    opening = needed_to_open(wish.options)
+    if wish.level is not None:
+        opening["compression-level"] = wish.level
     return common.open_image(
         graph,
         wish.target,
@@ -235,7 +240,7 @@ def _open_target(graph: Graph, wish: Wish, args: argparse.Namespace) -> Node:
         image_opts=args.target_image_opts,
         writable=True,
         cache=wish.target_cache,
-        options=None if wish.level is None else {"compression-level": wish.level},
+        options=opening,
     )
 
 

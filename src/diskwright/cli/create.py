@@ -28,6 +28,11 @@ _ORDER: Final[Mapping[str, Sequence[str]]] = {
         "backing_fmt", "data_file", "data_file_raw", "lazy_refcounts", "refcount_bits",
     ),
 }  # fmt: skip
+# Names that are announced with hyphens, as the encrypting formats spell them.
+_HYPHENATED: Final = (
+    "key_secret", "cipher_alg", "cipher_mode", "ivgen_alg", "ivgen_hash_alg", "hash_alg", "iter_time",
+    "detached_header",
+)  # fmt: skip
 _ALWAYS: Final[Mapping[str, Mapping[str, str]]] = {
     "qcow2": {
         "cluster_size": "65536",
@@ -92,7 +97,14 @@ def _merge(wanted: dict[str, Any], args: argparse.Namespace, size: int | None) -
 def _create(filename: str, args: argparse.Namespace, wanted: Mapping[str, object]) -> None:
     from diskwright.core.create import plan
 
-    creation = plan(filename, args.format, wanted, gate=common.make_gate(args.gate), check_backing=not args.unsafe)
+    creation = plan(
+        filename,
+        args.format,
+        wanted,
+        gate=common.make_gate(args.gate),
+        secrets=common.secrets_of(args),
+        check_backing=not args.unsafe,
+    )
     if not args.quiet:
         print(announcement(creation, args.format), flush=True)
     creation.make()
@@ -106,8 +118,12 @@ def announcement(creation: Plan, format: str) -> str:
     order = (*_ORDER.get(format, ()), *(info.name.replace("-", "_") for info in known))
     shown = dict(_ALWAYS.get(format, {}))
     shown.update((name, _as_given(value)) for name, value in creation.given.items())
-    pairs = [f"{name}={shown[name].replace(',', ',,')}" for name in dict.fromkeys(order) if name in shown]
+    pairs = [f"{_told(name)}={shown[name].replace(',', ',,')}" for name in dict.fromkeys(order) if name in shown]
     return " ".join([f"Formatting '{creation.filename}', fmt={format}", *pairs])
+
+
+def _told(name: str) -> str:
+    return name.replace("_", "-") if name.rpartition(".")[2] in _HYPHENATED else name
 
 
 def _as_given(value: object) -> str:

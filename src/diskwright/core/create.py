@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from diskwright.core import options as opts
 from diskwright.core import registry
@@ -21,6 +21,7 @@ from diskwright.core.driver import Filter, Format, Storage, not_supported
 from diskwright.core.gate import Gate, resolve
 from diskwright.core.graph import Graph, identity, storage_for
 from diskwright.core.node import StorageNode
+from diskwright.core.secrets import Secrets, bind
 from diskwright.errors import DiskwrightError, GraphError, ImageError, ImageLocked, OptionError
 from diskwright.units import MAX_BACKING_NAME
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from diskwright.core.node import Node
 
 _MODE = 0o644
+
+_TIMES: Final = ("iter_time", "encrypt_iter_time")
+"""Create options that say how long something shall take."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +110,13 @@ class Plan:
         if self._is_plain() or path is None or not os.path.isfile(path) or not os.path.getsize(path):
             return
         rehearsed = self.format_options
+        cheap: dict[str, object] = {name: 1 for name in _TIMES if (getattr(rehearsed, name, None) or 0) > 1}
         if hasattr(rehearsed, "preallocation"):
+            cheap["preallocation"] = "off"
+        if cheap:
             from dataclasses import replace
 
-            rehearsed = replace(rehearsed, preallocation="off")
+            rehearsed = replace(rehearsed, **cheap)
         with _own_graph(None) as graph:
             parts = {role: graph.open({"driver": "memory"}, writable=True) for role in self._parts(driver)}
             driver.create_from(graph.open({"driver": "memory"}, writable=True), rehearsed, parts)
@@ -172,12 +179,14 @@ def create_image(
     options: Mapping[str, object] | None = None,
     *,
     gate: Gate | None = None,
+    secrets: Secrets | None = None,
     check_backing: bool = True,
     sparing: Graph | None = None,
 ) -> None:
     """Creates the image ``filename`` with the format's ``options`` (``size`` among them), given as typed values
     or as text. See ``plan`` for what is checked and raised."""
-    plan(filename, format, options or {}, gate=gate, check_backing=check_backing).make(sparing=sparing)
+    creation = plan(filename, format, options or {}, gate=gate, secrets=secrets, check_backing=check_backing)
+    creation.make(sparing=sparing)
 
 
 def plan(
@@ -186,9 +195,10 @@ def plan(
     options: Mapping[str, object],
     *,
     gate: Gate | None = None,
+    secrets: Secrets | None = None,
     check_backing: bool = True,
 ) -> Plan:
-    """Checks what a creation is asked for.
+    """Checks what a creation is asked for. What its options call secrets are looked up in ``secrets``.
 
     Without ``size`` it is that of the backing file, which is opened for this and, unless ``check_backing``
     is false, to see that it is usable; what it refers to itself goes through ``gate``. Raises OptionError
@@ -196,14 +206,16 @@ def plan(
     """
     driver = _creatable(format)
     storage = driver if issubclass(driver, Storage) else storage_for(filename)
-    own, below = _divide(driver, storage, options)
+    secrets = secrets if secrets is not None else Secrets()
+    own, below = _divide(driver, storage, opts.flatten(driver.create_options, options))
     _check_backing_options(driver, filename, own)
     if "backing_file" in own:
-        _look_at_backing(filename, own, gate, check_backing)
+        _look_at_backing(filename, own, gate, secrets, check_backing)
     if "size" not in own:
         raise OptionError("Image creation needs a size parameter")
-    typed: Any = opts.parse(driver.create_options, _with_name(driver, filename, own), owner=driver.name)
-    given = {name: getattr(typed, name) for name in own}
+    typed: Any = bind(opts.parse(driver.create_options, _with_name(driver, filename, own), owner=driver.name), secrets)
+    fields = {_spelled(info.name): info.field for info in opts.describe(driver.create_options)}
+    given = {name: getattr(typed, fields[name]) for name in own}
     names = storage.parse_filename(filename)
     below_typed: Any = opts.parse(storage.create_options, {**names, **below}, owner=storage.name)
     given.update((name, getattr(below_typed, name)) for name in below)
@@ -251,7 +263,11 @@ def _divide(
 
 
 def _names(options: type) -> set[str]:
-    return {info.name.replace("-", "_") for info in opts.describe(options)}
+    return {_spelled(info.name) for info in opts.describe(options)}
+
+
+def _spelled(name: str) -> str:
+    return name.replace("-", "_")
 
 
 def _with_name(driver: type[Format] | type[Storage], filename: str, own: dict[str, object]) -> dict[str, object]:
@@ -272,7 +288,7 @@ def _check_backing_options(driver: type[Format] | type[Storage], filename: str, 
         raise OptionError("Error: Trying to create an image with the same filename as the backing file")
 
 
-def _look_at_backing(filename: str, own: dict[str, object], gate: Gate | None, check: bool) -> None:
+def _look_at_backing(filename: str, own: dict[str, object], gate: Gate | None, secrets: Secrets, check: bool) -> None:
     """Opens the backing file to see that it is there and, when no size is given, how large it is."""
     name, format = cast(str, own["backing_file"]), cast("str | None", own.get("backing_fmt"))
     if not check:
@@ -280,7 +296,7 @@ def _look_at_backing(filename: str, own: dict[str, object], gate: Gate | None, c
             raise OptionError("Backing file specified without backing format")
         return
     try:
-        with _own_graph(gate) as graph:
+        with _own_graph(gate, secrets) as graph:
             # Only its size is read, so somebody else may be writing to it meanwhile.
             node = graph.open(resolve(name, filename), driver=format, force_share=True)
             size, found = node.size, node.driver_name
@@ -303,8 +319,8 @@ def _without_size(values: Mapping[str, object]) -> dict[str, object]:
 
 
 @contextmanager
-def _own_graph(gate: Gate | None) -> Iterator[Graph]:
-    graph = Graph(gate)
+def _own_graph(gate: Gate | None, secrets: Secrets | None = None) -> Iterator[Graph]:
+    graph = Graph(gate, secrets)
     try:
         yield graph
     finally:

@@ -26,10 +26,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Self
 from diskwright.core.leases import Leases
 from diskwright.core.options import NoOptions
 from diskwright.core.permissions import Access
+from diskwright.core.secrets import Secrets
 from diskwright.extents import DATA, Extent, Extents
 
 if TYPE_CHECKING:
     from diskwright.core.bitmap import DirtyBitmap
+    from diskwright.core.ciphered import Cipher
     from diskwright.core.node import Node
 
 COMPRESSION: Final = "Compression not supported for this file format"
@@ -271,7 +273,10 @@ class OpenContext:
     given: frozenset[str] = frozenset()
     """The roles that the user gave options for."""
     guest_data: bool = True
-    """Whether the guest's bytes will be asked for: when not, files that hold nothing else need not be opened."""
+    """Whether the guest's bytes will be asked for: when not, files that hold nothing else need not be opened, and an
+    encrypted image needs no key."""
+    secrets: Secrets = field(default_factory=Secrets)
+    """Where ids are looked up that turn up later. Those in the options to open with are bound to it already."""
 
 
 class BitmapStore(ABC):
@@ -337,6 +342,11 @@ class Format(ABC):
     linear: int | None = None
     """When guest byte ``x`` always lies at ``linear + x`` of child 0, that distance: the node then asks
     no further. None for every other map."""
+    cipher: Cipher | None = None
+    """What the bytes of DATA runs are encrypted with; the node does that. Set once, in ``open``; an encrypted
+    image opened without ``OpenContext.guest_data`` has ``ciphered.Locked``."""
+    cipher_by_place: bool = False
+    """Whether the position ``cipher`` is told is where a sector lies in its child, rather than its guest offset."""
 
     @staticmethod
     @abstractmethod

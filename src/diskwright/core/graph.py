@@ -24,6 +24,7 @@ from diskwright.core.gate import DirectoryGate, Gate, has_prefix, resolve
 from diskwright.core.leases import Leases
 from diskwright.core.node import FilterNode, FormatNode, Node, StorageNode, below_filters
 from diskwright.core.permissions import FORCED, READ, READER, RESIZE, WRITE, WRITE_UNCHANGED, WRITER, Access, combine
+from diskwright.core.secrets import Secrets, bind
 from diskwright.errors import GraphError, ImageError, LimitExceeded, OptionError
 from diskwright.units import MAX_CHAIN
 
@@ -47,7 +48,8 @@ class Mode:
     backing: bool = True
     """Whether backing files are opened at all."""
     guest_data: bool = True
-    """Whether files that hold nothing but the guest's bytes are."""
+    """Whether anybody will read or write the guest's bytes: when not, files that hold nothing else stay closed, and
+    encrypted images open without their key."""
 
     def child_access(self, holds_format: bool) -> Access:
         """What a storage's locks should say: a format's file may grow, so its size is its own too."""
@@ -63,8 +65,9 @@ class Mode:
 class Graph:
     """All nodes of one process that may meet. Thread-safe; changes happen one at a time."""
 
-    def __init__(self, gate: Gate | None = None) -> None:
+    def __init__(self, gate: Gate | None = None, secrets: Secrets | None = None) -> None:
         self.gate = gate if gate is not None else DirectoryGate()
+        self.secrets = secrets if secrets is not None else Secrets()
         self.leases = Leases()
         self._lock = threading.RLock()
         self._nodes: dict[str, Node] = {}
@@ -89,7 +92,8 @@ class Graph:
         """Opens ``spec`` and everything below it; returns the root node, which the caller owns (``release``).
         ``backing`` and ``guest_data`` say whether backing files and files of nothing but guest data are opened.
 
-        ``driver`` names the format of a file name (None: probe). ``cache`` is a cache mode for the storages.
+        ``driver`` names the format of a file name (None: probe). ``cache`` is a cache mode for the storages. Without
+        ``guest_data`` nobody may read or write the guest's bytes, and encrypted images open without their key.
         Raises OptionError, ImageError or OSError, with nothing left open.
         """
         with self._lock, self._undo_on_error() as made:
@@ -202,17 +206,17 @@ class Graph:
         made: list[Node],
         above: tuple[str, ...],
     ) -> Node:
-        roles = [
-            key for key, value in options.items() if key == "backing" or key in cls.roles or isinstance(value, Mapping)
-        ]
+        options = opts.flatten(cls.options, options)
+        named = ("backing", *cls.roles)
+        roles = [key for key, value in options.items() if key in named or isinstance(value, Mapping)]
         given = {role: options.pop(role) for role in roles}
         opener = self._reference_opener(file, given, mode, made, above)
-        context = OpenContext(file, self.leases, opener, mode.writable, frozenset(given), mode.guest_data)
+        context = OpenContext(file, self.leases, opener, mode.writable, frozenset(given), mode.guest_data, self.secrets)
         own = _own(options)
         if "pass-discard-request" in {info.name for info in opts.describe(cls.options)}:
             own.setdefault("pass-discard-request", _write_policy(options)[0])
-        form = cls.open(context, opts.parse(cls.options, own, owner=cls.name))
-        node = FormatNode(self._name(options), form, mode.writable)
+        form = cls.open(context, bind(opts.parse(cls.options, own, owner=cls.name), self.secrets))
+        node = _format_node(self._name(options), form, mode.writable)
         self._add(node, made)
         for child in form.children:
             self._hold(child)
@@ -227,7 +231,7 @@ class Graph:
         chain = (*above, identity(node.filename))
         if len(chain) > MAX_CHAIN:
             raise LimitExceeded(f"{node.filename}: its backing chain is longer than {MAX_CHAIN} images")
-        below = Mode(False, mode.force_share, mode.cache)
+        below = Mode(False, mode.force_share, mode.cache, guest_data=mode.guest_data)
         if "backing" in given:
             choice = given["backing"]
             if choice is None or choice == "":
@@ -543,3 +547,12 @@ def _with_own_mode(mode: Mode, options: dict[str, object]) -> Mode:
     return Mode(
         not read_only and mode.writable, force, cache if isinstance(cache, str) else None, mode.backing, mode.guest_data
     )
+
+
+def _format_node(name: str, form: Format, writable: bool) -> FormatNode:
+    """The kind of node a format needs; those that encrypt nothing know nothing of it."""
+    if form.cipher is None:
+        return FormatNode(name, form, writable)
+    from diskwright.core.ciphered import CipheredNode
+
+    return CipheredNode(name, form, writable)

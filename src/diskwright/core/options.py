@@ -104,15 +104,18 @@ class OptionInfo:
     type: OptionType
     help: str
     default: object
+    field: str = ""
+    """The dataclass's field."""
 
     @property
     def required(self) -> bool:
         return self.default is MISSING
 
 
-def option(type: OptionType, help: str, *, default: Any = MISSING) -> Any:
-    """A dataclass field that ``parse`` and ``describe`` understand."""
-    return dataclasses.field(default=default, metadata={"type": type, "help": help})
+def option(type: OptionType, help: str, *, default: Any = MISSING, name: str | None = None) -> Any:
+    """A dataclass field that ``parse`` and ``describe`` understand. ``name`` is what users write, where that is not
+    the field's name with hyphens: ``encrypt.key-secret``."""
+    return dataclasses.field(default=default, metadata={"type": type, "help": help, "name": name})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +126,9 @@ class NoOptions:
 def describe(options: type) -> tuple[OptionInfo, ...]:
     """The options of a driver's dataclass, in declaration order, under the names users write."""
     return tuple(
-        OptionInfo(f.name.replace("_", "-"), f.metadata["type"], f.metadata["help"], f.default)
+        OptionInfo(
+            f.metadata["name"] or f.name.replace("_", "-"), f.metadata["type"], f.metadata["help"], f.default, f.name
+        )
         for f in dataclasses.fields(options)
     )
 
@@ -140,14 +145,26 @@ def parse(options: type[T], values: Mapping[str, object], *, owner: str) -> T:
         info = known.get(key.replace("_", "-"))
         if info is None:
             raise OptionError(f"Driver '{owner}' has no option '{key}'" + _choices(known))
-        field = info.name.replace("-", "_")
-        if field in typed:
+        if info.field in typed:
             raise OptionError(f"Option '{info.name}' is given twice")
-        typed[field] = info.type.parse(info.name, value)
+        typed[info.field] = info.type.parse(info.name, value)
     for info in known.values():
-        if info.required and info.name.replace("-", "_") not in typed:
+        if info.required and info.field not in typed:
             raise OptionError(f"Driver '{owner}' needs the option '{info.name}' ({info.help})")
     return options(**typed)
+
+
+def flatten(options: type, values: Mapping[str, object]) -> dict[str, object]:
+    """``values``, in which a mapping whose name begins option names with a dot (``encrypt`` of ``encrypt.format``) is
+    dissolved into those; other mappings stay as they are."""
+    groups = {info.name.partition(".")[0] for info in describe(options) if "." in info.name}
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        if key in groups and isinstance(value, Mapping):
+            flat.update((f"{key}.{inner}", item) for inner, item in value.items())
+        else:
+            flat[key] = value
+    return flat
 
 
 def split_pairs(text: str) -> dict[str, str]:

@@ -71,7 +71,8 @@ def _follow(node: Node, run: Extent, depth: int, base: Node | None) -> Iterator[
         if isinstance(node, FormatNode) and node.format.linear is not None:
             yield from _holes(node, offset, length, depth)
         else:
-            yield Status(offset, length, False, True, True, depth, node, run.file_offset)
+            verbatim = not (isinstance(node, FormatNode) and node.format.cipher is not None)
+            yield Status(offset, length, False, True, True, depth, node, run.file_offset if verbatim else -1)
     elif kind == SPECIAL:
         yield Status(offset, length, False, True, True, depth, node, -1, True)
     elif kind == ZERO:
@@ -118,13 +119,13 @@ def may_have_holes(node: Node) -> bool:
     rule is qemu-img's, so that both tell the same."""
     if not isinstance(node, FormatNode) or node.driver_name not in _PREALLOCATING:
         return False
-    file = node.format.children[node.format.data_child]
-    if not isinstance(file, StorageNode):
+    image = node.format.children[0]
+    if not isinstance(image, StorageNode):
         return False
-    space = file.storage.allocated_size()
+    space = image.storage.allocated_size()
     if space is None:
         return False
-    clusters, in_use = -(-file.size // node.cluster_size), space // node.cluster_size
+    clusters, in_use = -(-image.size // node.cluster_size), space // node.cluster_size
     return clusters >= max(in_use * 10 // 9, in_use + 2)
 
 

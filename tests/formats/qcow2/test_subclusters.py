@@ -11,7 +11,7 @@ import pytest
 
 from diskwright.core.create import create_image
 from diskwright.core.driver import runs_of
-from diskwright.errors import CorruptImage, OptionError
+from diskwright.errors import CorruptImage, ImageError, OptionError
 from diskwright.extents import DATA, UNALLOCATED, ZERO, Extents
 from diskwright.formats.qcow2.layout import COMPRESSED, COPIED
 from diskwright.formats.qcow2.layout import ZERO as ZERO_FLAG
@@ -168,15 +168,19 @@ def test_impossible_extended_entries_are_named(entry: int, bitmap: int, words: s
             look(65536, 4096)
         with pytest.raises(CorruptImage, match=words):
             image.disk.pread(65536, 10)
-        with pytest.raises(CorruptImage, match=words):
-            image.disk.pwrite(65536, b"y")
-        with pytest.raises(CorruptImage, match=words):
-            image.disk.zero(65536, 65536)
-        with pytest.raises(CorruptImage, match=words):
-            image.disk.trim(65536, 65536)
-        assert image.disk.pread(0, 65536) == b"x" * 65536, "the others are as good as ever"
         image.disk.pwrite(131072, b"z")
         image.disk.flush()
+    for change in (
+        lambda disk: disk.pwrite(65536, b"y"),
+        lambda disk: disk.zero(65536, 65536),
+        lambda disk: disk.trim(65536, 65536),
+    ):
+        with Image(Tape(data)) as image:
+            with pytest.raises(CorruptImage, match=words):
+                change(image.disk)
+            assert image.disk.pread(0, 65536) == b"x" * 65536, "the others are as good as ever"
+            with pytest.raises(ImageError, match="found corrupt"):
+                image.disk.pwrite(131072, b"z")
 
 
 def test_bits_that_extended_entries_do_not_have_are_ignored() -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from diskwright.core.leases import Leases
 from diskwright.errors import LimitExceeded, OptionError
+from diskwright.formats.qcow2 import encryption
 from diskwright.formats.qcow2 import header as fields
 from diskwright.formats.qcow2.header import Header, feature_table
 from diskwright.formats.qcow2.layout import MAX_CLUSTER_BITS, MAX_L1_BYTES, MIN_CLUSTER_BITS, MIN_EXTENDED_CLUSTER_BITS
@@ -18,6 +19,7 @@ from diskwright.formats.qcow2.options import Qcow2CreateOptions, Qcow2Options
 from diskwright.units import MAX_BACKING_NAME, SECTOR, align_up, is_power_of_two
 
 if TYPE_CHECKING:
+    from diskwright.codecs.luks import Luks1
     from diskwright.core.node import Node
 
 
@@ -27,6 +29,7 @@ def create(file: Node, options: Qcow2CreateOptions, data_file: Node | None = Non
     header = plan(options)
     if (data_file is None) is not (header.data_file is None):
         raise OptionError("An external data file has to be made before the image")
+    luks = encryption.plan(options, header)
     beginning = header.encode()
     size = header.size
     unordered = cast("Node", _Unflushed(file))
@@ -38,7 +41,7 @@ def create(file: Node, options: Qcow2CreateOptions, data_file: Node | None = Non
     table = struct.pack(">Q", 2 * cluster_size).ljust(cluster_size, b"\0")
     start = (empty.encode() if beginning else b"").ljust(cluster_size, b"\0")
     file.writev([(0, memoryview(start + table + bytes(block)))])
-    _grow(unordered, empty, size, options.preallocation, data_file)
+    _grow(unordered, empty, size, options, luks, data_file)
 
 
 def plan(options: Qcow2CreateOptions) -> Header:
@@ -136,13 +139,18 @@ def _count_first_clusters(block: bytearray, order: int) -> None:
             block[(cluster + 1) * width - 1] = 1
 
 
-def _grow(file: Node, header: Header, size: int, preallocation: str, data_file: Node | None) -> None:
+def _grow(
+    file: Node, header: Header, size: int, chosen: Qcow2CreateOptions, luks: Luks1 | None, data_file: Node | None
+) -> None:
     from diskwright.formats.qcow2.driver import Qcow2
     from diskwright.formats.qcow2.resize import resize
 
     image = Qcow2(file, header, Qcow2Options(), Leases(), data_file)
     image.start_writer()
-    resize(image, size, preallocation=preallocation)
+    resize(image, size, preallocation=chosen.preallocation)
+    if luks is not None:
+        assert image.writer is not None
+        encryption.store(image.writer, luks, chosen)
     image.close()
 
 

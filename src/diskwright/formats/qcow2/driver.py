@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from diskwright.core.driver import (
     CheckReport,
@@ -17,6 +17,7 @@ from diskwright.core.driver import (
     Part,
     Progress,
     Reservation,
+    not_supported,
 )
 from diskwright.core.leases import Leases
 from diskwright.core.node import Node
@@ -39,13 +40,15 @@ from diskwright.formats.qcow2.subclusters import SubclusterMapping, open_mapping
 
 DATA_FILE_ROLE: Final = "data-file"
 
+if TYPE_CHECKING:
+    from diskwright.formats.qcow2.encryption import Encryption
+
 
 class Qcow2(Format, Snapshots):
     """A qcow2 image, version 2 or 3.
 
-    Read and written: every cluster size, subclusters, zero and compressed clusters, external data files, internal
-    snapshots, persistent bitmaps; but images with both a data file and snapshots are only read. Not opened at all:
-    encrypted images.
+    Read and written: every cluster size, subclusters, zero and compressed clusters, external data files, encryption,
+    internal snapshots, persistent bitmaps; but images with both a data file and snapshots are only read.
     """
 
     name = "qcow2"
@@ -77,6 +80,7 @@ class Qcow2(Format, Snapshots):
         """Fields of the header that have to be in the file before anything else is written, because a write of them
         failed; see ``switch``."""
         self.bitmap_store: Qcow2Bitmaps | None = None
+        self.encryption: Encryption | None = None
         self._set_up(header)
 
     def _set_up(self, header: Header) -> None:
@@ -102,6 +106,10 @@ class Qcow2(Format, Snapshots):
         self.extents = self.mapping.extents  # type: ignore[method-assign]
         self.decode = self._decoder.decode  # type: ignore[method-assign]
 
+    @property
+    def writable(self) -> bool:
+        return self._leases is not None
+
     # -- opening ---------------------------------------------------------------------------------
 
     @staticmethod
@@ -116,9 +124,16 @@ class Qcow2(Format, Snapshots):
         """See ``Format.open``. An image marked dirty is repaired when it is opened for writing."""
         header = read_header(context.file)
         if options.shows_snapshot:
-            return cls._open_snapshot(context, options, header)
-        data_file = None if options.repair else _open_data_file(context, header)
-        image = cls(context.file, header, options, context.leases if context.writable else None, data_file)
+            image = cls._open_snapshot(context, options, header)
+        else:
+            data_file = None if options.repair else _open_data_file(context, header)
+            image = cls(context.file, header, options, context.leases if context.writable else None, data_file)
+        if header.crypt_method or options.encrypt_format is not None:
+            from diskwright.formats.qcow2.encryption import open_encryption
+
+            open_encryption(image, options, context.secrets, io=context.guest_data)
+        if options.shows_snapshot:
+            return image
         if context.writable and not options.repair:
             image._begin_writing()
         if not options.repair:
@@ -340,6 +355,9 @@ class Qcow2(Format, Snapshots):
         from diskwright.formats.qcow2.resize import resize
 
         self.settle()
+        if self.encryption is not None and preallocation != "off":
+            # What is taken in advance would not read as zeros: those have to be written, encrypted.
+            raise not_supported("Growing an encrypted image with preallocation")
         if self.bitmap_store is not None and self.writer is not None:
             self.bitmap_store.before_resize(size)
         resize(self, size, preallocation, conceal)
@@ -363,11 +381,14 @@ class Qcow2(Format, Snapshots):
             if header.data_file:
                 specific["data-file"] = header.data_file
             specific["data-file-raw"] = header.raw_data_file
+        if self.encryption is not None:
+            specific["encrypt"] = self.encryption.info()
         if header.version >= 3:
             specific["corrupt"] = bool(header.incompatible_features & fields.CORRUPT)
             specific["extended-l2"] = bool(header.incompatible_features & fields.EXTENDED_L2)
         return Info(
             cluster_size=self.cluster_size,
+            encrypted=self.encryption is not None or None,
             dirty=bool(header.incompatible_features & fields.DIRTY),
             specific=specific,
         )
@@ -419,8 +440,9 @@ class Qcow2(Format, Snapshots):
     def zero_init(self) -> bool:
         if self.backing is not None:
             return False
-        # Preallocated clusters show what the storage held before, where that is not zeros.
-        return self.children[self.data_child].zero_init or not (self._options.repair or any(self.mapping.l1))
+        # Preallocated clusters show what the storage held before, where that is not zeros; encrypted, they show noise.
+        blank = self.children[self.data_child].zero_init and self.encryption is None
+        return blank or not (self._options.repair or any(self.mapping.l1))
 
     def clean_caches(self) -> None:
         """Gives up cached tables that have not been used since the call before this one."""

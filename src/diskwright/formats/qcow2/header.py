@@ -257,9 +257,8 @@ def _check_features(path: str, header: Header) -> None:
     name = header.data_file or ""
     if len(name) > MAX_BACKING_NAME or "\0" in name:
         raise CorruptImage(path, "external data file name", f"{len(name)} bytes", None, "too long, or it contains NUL")
-    if header.crypt_method:
-        method = {1: "AES", 2: "LUKS"}.get(header.crypt_method, f"method {header.crypt_method}")
-        raise UnsupportedFeature(f"{path}: is encrypted ({method}), which is not supported here")
+    if header.crypt_method > 2:
+        raise UnsupportedFeature(f"{path}: encryption method {header.crypt_method} is not known here")
     if header.compression_type >= len(COMPRESSION_NAMES):
         raise UnsupportedFeature(f"{path}: compression type {header.compression_type} is not known")
     if bool(header.compression_type) != bool(header.incompatible_features & COMPRESSION):

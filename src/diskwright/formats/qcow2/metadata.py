@@ -10,6 +10,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING, Final
 
+from diskwright.formats.qcow2 import encryption
 from diskwright.formats.qcow2.layout import MAX_L1_BYTES, OFFSET_MASK, REFTABLE_OFFSET_MASK
 from diskwright.formats.qcow2.snapshots import read_snapshots
 
@@ -30,6 +31,9 @@ class MetadataMap:
         self._bits = header.cluster_bits
         file = mapping.file
         self._fixed: list[tuple[int, int]] = []  # (first, end) of what lies in one piece and stays there
+        luks = encryption.region(header)
+        if luks is not None:
+            self._fix(*luks)
         snapshots, length = read_snapshots(file, header)
         if length:
             self._fix(header.snapshots_offset, length)

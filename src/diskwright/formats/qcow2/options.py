@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from diskwright.core.cipher_options import CIPHERS, HASHES
 from diskwright.core.options import BOOL, INT, SIZE, STR, OneOf, option
+from diskwright.core.secrets import SECRET, Secret
 from diskwright.formats.qcow2.layout import CACHE_BYTES
 
 
@@ -42,6 +44,12 @@ class Qcow2Options:
     )
     snapshot_id: str | None = option(STR, "show the internal snapshot with this id", default=None)
     snapshot_name: str | None = option(STR, "show the internal snapshot with this name", default=None)
+    encrypt_format: str | None = option(
+        OneOf("luks", "aes"), "how the image must be encrypted", default=None, name="encrypt.format"
+    )
+    encrypt_key_secret: Secret | None = option(
+        SECRET, "ID of the secret with the AES key or a LUKS passphrase", default=None, name="encrypt.key-secret"
+    )
 
     @property
     def shows_snapshot(self) -> bool:
@@ -64,6 +72,31 @@ class Qcow2CreateOptions:
     compression_type: str = option(OneOf("zlib", "zstd"), "method of compressed clusters", default="zlib")
     lazy_refcounts: bool = option(BOOL, "let other programs postpone refcount updates", default=False)
     refcount_bits: int = option(INT, "width of a refcount in bits, 1 to 64, a power of two", default=16)
+    encryption: bool = option(BOOL, "the same as encrypt.format=aes", default=False)
+    encrypt_format: str | None = option(
+        OneOf("luks", "aes"), "encrypt the image; aes is weak, for old programs", default=None, name="encrypt.format"
+    )
+    encrypt_key_secret: Secret | None = option(
+        SECRET, "ID of the secret with the AES key or LUKS passphrase", default=None, name="encrypt.key-secret"
+    )
+    encrypt_cipher_alg: str | None = option(
+        CIPHERS, "encryption cipher and its key length", default=None, name="encrypt.cipher-alg"
+    )
+    encrypt_cipher_mode: str | None = option(
+        OneOf("xts", "cbc", "ctr", "ecb"), "mode of the cipher", default=None, name="encrypt.cipher-mode"
+    )
+    encrypt_ivgen_alg: str | None = option(
+        OneOf("plain64", "plain", "essiv"), "how sectors' vectors are made", default=None, name="encrypt.ivgen-alg"
+    )
+    encrypt_ivgen_hash_alg: str | None = option(
+        HASHES, "hash of the essiv generator", default=None, name="encrypt.ivgen-hash-alg"
+    )
+    encrypt_hash_alg: str | None = option(
+        HASHES, "hash for keys from passphrases", default=None, name="encrypt.hash-alg"
+    )
+    encrypt_iter_time: int | None = option(
+        INT, "time to spend on a passphrase, in milliseconds", default=None, name="encrypt.iter-time"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

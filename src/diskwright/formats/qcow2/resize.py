@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from diskwright.errors import ImageError, LimitExceeded, UnsupportedFeature
 from diskwright.extents import DATA, SPECIAL, Extent
+from diskwright.formats.qcow2.encryption import seal, unseal
 from diskwright.formats.qcow2.header import AT_L1, AT_SIZE
 from diskwright.formats.qcow2.layout import MAX_L1_BYTES, OFFSET_MASK
 from diskwright.formats.qcow2.refcounts import big_endian
@@ -104,21 +105,30 @@ def _zero_run(image: Qcow2, writer: Writer, run: Extent) -> None:
     target = image.children[image.data_child]
     place = writer.in_place(run.offset, run.length)
     if place >= 0:
-        target.write_zeros(place, run.length)
+        _put_zeros(image, target, run.offset, run.length, place)
         return
     done = 0
     while done < run.length:
         placed = writer.reserve(run.offset + done, run.length - done)
         try:
             for part in placed.extents:
-                target.write_zeros(part.file_offset, part.length)
+                _put_zeros(image, target, part.offset, part.length, part.file_offset)
                 done += part.length
             for fill in placed.fills:
-                target.pwrite(fill.file_offset, _stored(image, fill))
+                stored = seal(image, memoryview(_stored(image, fill)), fill.offset, fill.file_offset)
+                target.pwrite(fill.file_offset, stored)
         except BaseException:
             placed.abort()
             raise
         placed.publish()
+
+
+def _put_zeros(image: Qcow2, target: Node, offset: int, length: int, place: int) -> None:
+    """Makes guest bytes that lie at ``place`` read as zeros."""
+    if image.cipher is None:
+        target.write_zeros(place, length)
+    else:
+        target.pwrite(place, seal(image, memoryview(bytes(length)), offset, place))
 
 
 def _stored(image: Qcow2, fill: Extent) -> bytearray:
@@ -133,6 +143,7 @@ def _stored(image: Qcow2, fill: Extent) -> bytearray:
             image.decode(run, memoryview(bytearray(child.pread(run.file_offset, run.stored))), part)
         elif run.kind == DATA:
             child.readv([(run.file_offset, part)])
+            unseal(image, part, run)
         at = run.end
     return found
 

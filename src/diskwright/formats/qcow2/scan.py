@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from diskwright.core.driver import CheckReport
-from diskwright.formats.qcow2 import references
+from diskwright.formats.qcow2 import encryption, references
 from diskwright.formats.qcow2.header import DATA_FILE, EXTENDED_L2
 from diskwright.formats.qcow2.layout import (
     COMPRESSED,
@@ -128,6 +128,9 @@ class Scan(References):
         self.region("the header", 0, g.cluster_size)
         self.walk_l1("the L1 table", header.l1_table_offset, header.l1_size, active=True)
         walk_snapshots(self)
+        luks = encryption.region(header)
+        if luks is not None:
+            self.region("the LUKS header", *luks)
         if self.with_refcount_structures:
             table = header.refcount_table_clusters << g.cluster_bits
             self.region("the refcount table", header.refcount_table_offset, table)
