@@ -161,7 +161,9 @@ def test_what_is_not_understood_is_kept_or_refused(flags: int, extra: bytes) -> 
             image.node.resize(2 << 20)
     kept = entries_of(bytes(tape.data))[0]
     assert (kept.extra_data, kept.flags, kept.bitmap_table_offset) == (extra, flags, one.bitmap_table_offset)
-    sound(bytes(tape.data))
+    report = checked(bytes(tape.data))
+    assert (report.corruptions, report.leaks) == (0, 0), report.messages
+    assert report.messages == (["ERROR bitmap 0: reserved flags are set: 0x8"] if flags else [])
     one.flags |= AUTO
     with pytest.raises(ImageError, match="bitmap 'one' would have to record writes"):
         Image(Tape(rewritten(data, [one, two])))
