@@ -13,7 +13,7 @@ import stat
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from diskwright.core import options as opts
@@ -24,7 +24,7 @@ from diskwright.core.gate import DirectoryGate, Gate, has_prefix, resolve
 from diskwright.core.leases import Leases
 from diskwright.core.node import FilterNode, FormatNode, Node, StorageNode, below_filters
 from diskwright.core.permissions import FORCED, READ, READER, RESIZE, WRITE, WRITE_UNCHANGED, WRITER, Access, combine
-from diskwright.errors import GraphError, ImageError, LimitExceeded, OptionError
+from diskwright.errors import DiskwrightError, GraphError, ImageError, LimitExceeded, OptionError
 from diskwright.units import MAX_CHAIN
 
 Spec = str | Mapping[str, object]
@@ -48,6 +48,8 @@ class Mode:
     """Whether backing files are opened at all."""
     guest_data: bool = True
     """Whether files that hold nothing but the guest's bytes are."""
+    writable_backing: int = 0
+    """How far down the backing chain lies an image that is to be written to as well; 0: none."""
 
     def child_access(self, holds_format: bool) -> Access:
         """What a storage's locks should say: a format's file may grow, so its size is its own too."""
@@ -85,15 +87,18 @@ class Graph:
         cache: str | None = None,
         backing: bool = True,
         guest_data: bool = True,
+        writable_backing: int = 0,
     ) -> Node:
         """Opens ``spec`` and everything below it; returns the root node, which the caller owns (``release``).
         ``backing`` and ``guest_data`` say whether backing files and files of nothing but guest data are opened.
 
+        Backing files are opened for reading only, except the one that many images further down the chain
+        (``writable_backing``; 1 is the root's own).
         ``driver`` names the format of a file name (None: probe). ``cache`` is a cache mode for the storages.
         Raises OptionError, ImageError or OSError, with nothing left open.
         """
         with self._lock, self._undo_on_error() as made:
-            mode = Mode(writable, force_share, cache, backing, guest_data)
+            mode = Mode(writable, force_share, cache, backing, guest_data, writable_backing)
             node = self._open_any(spec, driver, mode, made, ())
             self._hold(node)
             return node
@@ -227,7 +232,8 @@ class Graph:
         chain = (*above, identity(node.filename))
         if len(chain) > MAX_CHAIN:
             raise LimitExceeded(f"{node.filename}: its backing chain is longer than {MAX_CHAIN} images")
-        below = Mode(False, mode.force_share, mode.cache)
+        depth = max(0, mode.writable_backing - 1)
+        below = Mode(mode.writable_backing == 1, mode.force_share, mode.cache, writable_backing=depth)
         if "backing" in given:
             choice = given["backing"]
             if choice is None or choice == "":
@@ -243,11 +249,17 @@ class Graph:
             name = resolve(hint.filename, node.filename)
             self.gate.admit(name, named_by=node.filename, role="backing file")
             if identity(name) in chain:
-                raise ImageError(f"{node.filename}: its backing chain comes back to '{name}'")
+                raise _Loop(f"{node.filename}: its backing chain comes back to '{name}'")
             try:
                 backing = self._open_any(name, hint.format, below, made, chain)
             except OSError as error:
-                raise OSError(error.errno, f"Could not open backing file: {error.strerror}", name) from error
+                raise OSError(error.errno, f"{_BACKING_FAILED}{error.strerror}", error.filename or name) from error
+            except (LimitExceeded, _Loop):
+                raise  # told of the chain as a whole
+            except DiskwrightError as error:
+                # Each layer above adds the same words, as users of the classic tools know it.
+                error.args = (f"{_BACKING_FAILED}{error}",)
+                raise
         node.backing = backing
         self._hold(backing)
 
@@ -318,6 +330,21 @@ class Graph:
             raise GraphError(f"Cannot replace '{old.name}' ({old.size} bytes) by '{new.name}' ({new.size} bytes)")
         with self.drained(), self._lock:
             self._redirect(old, new, skip=new)
+
+    def set_backing(self, node: Node, backing: Node | None) -> None:
+        """``node`` reads from ``backing`` where it has nothing itself. Drains meanwhile; what the image's header says
+        stays as it is. Raises GraphError when ``node`` would be its own backing."""
+        below = backing
+        while below is not None:
+            if below is node:
+                raise GraphError(f"Making '{node.name}' a backing file of itself would create a cycle")
+            below = below_filters(below).backing
+        with self.drained(), self._lock:
+            old, node.backing = node.backing, backing
+            if backing is not None:
+                self._hold(backing)
+            if old is not None:
+                self.release(old)
 
     def _redirect(self, old: Node, new: Node, *, skip: Node) -> None:
         for disk in self._disks:
@@ -408,6 +435,15 @@ class Graph:
             combine([a for _, n, a in self._uses if below_filters(n) is root] + [access])
             self._uses.append((user, node, access))
 
+    def hold_exclusively(self, node: Node) -> None:
+        """Keeps everybody else from the files of ``node`` (backing files not among them), readers too, until it is
+        closed: for changes that one who reads could not follow. Raises ImageLocked."""
+        if isinstance(node, StorageNode):
+            node.storage.set_access(Access(READ | WRITE | RESIZE, 0))
+        for role, child in node.children().items():
+            if role != "backing":
+                self.hold_exclusively(child)
+
     def end_use(self, user: object) -> None:
         with self._lock:
             self._uses = [use for use in self._uses if use[0] is not user]
@@ -459,11 +495,19 @@ class Graph:
         for disk in list(self._disks):
             disk.close()
         with self._lock:
-            inner = {child.name for node in self._nodes.values() for child in node.children().values()}
-            for node in list(self._nodes.values()):
-                if node.name not in inner and node.name in self._owners:
-                    self._owners[node.name] = 1
-                    self.release(node)
+            while self._nodes:  # again for nodes below others that somebody held as well
+                inner = {child.name for node in self._nodes.values() for child in node.children().values()}
+                for node in list(self._nodes.values()):
+                    if node.name not in inner and node.name in self._owners:
+                        self._owners[node.name] = 1
+                        self.release(node)
+
+
+class _Loop(ImageError):
+    """A backing chain comes back to one of its images."""
+
+
+_BACKING_FAILED = "Could not open backing file: "
 
 
 def storage_for(filename: str) -> type[Storage]:
@@ -540,6 +584,5 @@ def _with_own_mode(mode: Mode, options: dict[str, object]) -> Mode:
     read_only = opts.BOOL.parse("read-only", options.pop("read-only", not mode.writable))
     force = opts.BOOL.parse("force-share", options.pop("force-share", mode.force_share))
     cache = options.get("cache", mode.cache)
-    return Mode(
-        not read_only and mode.writable, force, cache if isinstance(cache, str) else None, mode.backing, mode.guest_data
-    )
+    cache = cache if isinstance(cache, str) else None
+    return replace(mode, writable=not read_only and mode.writable, force_share=force, cache=cache)
