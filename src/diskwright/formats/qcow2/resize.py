@@ -168,6 +168,8 @@ def _shrink(image: Qcow2, writer: Writer, size: int) -> None:
     writer.checkpoint()
     _set_size(image, writer, size)
     _drop(writer, writer.geometry.clusters(size))
+    if writer.data_file is not None and writer.data_file.size > size:
+        _shorten(writer.data_file, size)
 
 
 def make_empty(image: Qcow2) -> None:
@@ -187,8 +189,6 @@ def _drop(writer: Writer, first: int) -> None:
     writer.drop_blocks()
     writer.checkpoint()
     _trim(writer)
-    if writer.data_file is not None and writer.data_file.size > size:
-        _shorten(writer.data_file, size)
 
 
 def _trim(writer: Writer) -> None:
