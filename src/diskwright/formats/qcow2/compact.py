@@ -465,9 +465,10 @@ class Compaction:
 
 def compact(image: Qcow2, **options: Any) -> CompactReport:
     """See ``Format.compact``. Raises ImageError for a read-only image."""
-    if image.writer is None:
+    if not image.can_repair:
         raise ImageError(f"{image.children[0].filename}: is open read-only")
-    image.writer.close()
+    if image.writer is not None:
+        image.writer.close()
     try:
         return Compaction(image.children[0], **options).run()
     finally:
