@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import stat
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -99,11 +99,20 @@ class Graph:
         """
         with self._lock, self._undo_on_error() as made:
             mode = Mode(writable, force_share, cache, backing, guest_data, writable_backing)
-            node = self._open_any(spec, driver, mode, made, ())
+            node = self._whole(made, lambda: self._open_any(spec, driver, mode, made, ()))
             self._hold(node)
             return node
 
-    def _open_any(self, spec: Spec, driver: str | None, mode: Mode, made: list[Node], above: tuple[str, ...]) -> Node:
+    def _whole(self, made: _Made, opener: Callable[[], Node]) -> Node:
+        """A node with its backing chain. One image of a chain after the other, rather than each within the one above:
+        chains are longer than calls can be nested."""
+        before = len(made.waiting)
+        node = opener()
+        while len(made.waiting) > before:
+            made.waiting.pop()()
+        return node
+
+    def _open_any(self, spec: Spec, driver: str | None, mode: Mode, made: _Made, above: tuple[str, ...]) -> Node:
         if isinstance(spec, str) and spec.startswith("json:"):
             spec = parse_json(spec[5:])
         if isinstance(spec, Mapping):
@@ -119,7 +128,7 @@ class Graph:
         return self._open_options(None, {"filename": spec}, mode, made, above)
 
     def _open_options(
-        self, driver: str | None, options: dict[str, object], mode: Mode, made: list[Node], above: tuple[str, ...]
+        self, driver: str | None, options: dict[str, object], mode: Mode, made: _Made, above: tuple[str, ...]
     ) -> Node:
         unmaps, detect_zeroes = _write_policy(options)
         node = self._open_by_driver(driver, options, mode, made, above)
@@ -127,7 +136,7 @@ class Graph:
         return node
 
     def _open_by_driver(
-        self, driver: str | None, options: dict[str, object], mode: Mode, made: list[Node], above: tuple[str, ...]
+        self, driver: str | None, options: dict[str, object], mode: Mode, made: _Made, above: tuple[str, ...]
     ) -> Node:
         mode = _with_own_mode(mode, options)
         if driver is None:
@@ -141,7 +150,7 @@ class Graph:
             return self._open_filter(found, file, options, mode, made, above)
         return self._open_format(found, file, options, mode, made, above)
 
-    def _open_file(self, options: dict[str, object], mode: Mode, made: list[Node], above: tuple[str, ...]) -> Node:
+    def _open_file(self, options: dict[str, object], mode: Mode, made: _Made, above: tuple[str, ...]) -> Node:
         """The child ``file``: given as such, or by the plain ``filename``."""
         given = options.pop("file", None)
         filename = options.pop("filename", None)
@@ -155,19 +164,19 @@ class Graph:
                 return self._storage_by_name(cast(str, nested["filename"]), mode, made)
             if "driver" not in nested:
                 nested["driver"] = "file"
-            return self._open_options(str(nested["driver"]), nest(nested), mode, made, above)
+            return self._whole(made, lambda: self._open_options(str(nested["driver"]), nest(nested), mode, made, above))
         if isinstance(filename, str):
             if filename.startswith("json:"):
-                return self._open_any(filename, None, mode, made, above)
+                return self._whole(made, lambda: self._open_any(filename, None, mode, made, above))
             return self._storage_by_name(filename, mode, made)
         raise OptionError("A format needs the option 'file'")
 
-    def _storage_by_name(self, filename: str, mode: Mode, made: list[Node]) -> Node:
+    def _storage_by_name(self, filename: str, mode: Mode, made: _Made) -> Node:
         cls = storage_for(filename)
         return self._open_storage(cls, dict(cls.parse_filename(filename)), mode, made, holds_format=True)
 
     def _open_storage(
-        self, cls: type[Storage], options: dict[str, object], mode: Mode, made: list[Node], *, holds_format: bool
+        self, cls: type[Storage], options: dict[str, object], mode: Mode, made: _Made, *, holds_format: bool
     ) -> Node:
         own = {key: value for key, value in options.items() if key not in _NOT_STORAGES}
         known = {info.name for info in opts.describe(cls.options)}
@@ -189,7 +198,7 @@ class Graph:
         file: Node,
         options: dict[str, object],
         mode: Mode,
-        made: list[Node],
+        made: _Made,
         above: tuple[str, ...],
     ) -> Node:
         context = OpenContext(file, self.leases, self._reference_opener(file, {}, mode, made, above), mode.writable)
@@ -204,7 +213,7 @@ class Graph:
         file: Node,
         options: dict[str, object],
         mode: Mode,
-        made: list[Node],
+        made: _Made,
         above: tuple[str, ...],
     ) -> Node:
         roles = [
@@ -222,11 +231,11 @@ class Graph:
         for child in form.children:
             self._hold(child)
         if cls.has_backing and mode.backing:
-            self._open_backing(node, given, mode, made, above)
+            made.waiting.append(lambda: self._open_backing(node, given, mode, made, above))
         return node
 
     def _open_backing(
-        self, node: FormatNode, given: dict[str, object], mode: Mode, made: list[Node], above: tuple[str, ...]
+        self, node: FormatNode, given: dict[str, object], mode: Mode, made: _Made, above: tuple[str, ...]
     ) -> None:
         hint = node.format.backing
         chain = (*above, identity(node.filename))
@@ -247,36 +256,38 @@ class Graph:
             return
         else:
             name = resolve(hint.filename, node.filename)
-            self.gate.admit(name, named_by=node.filename, role="backing file")
+            try:
+                self.gate.admit(name, named_by=node.filename, role="backing file")
+            except DiskwrightError as error:
+                _below(error, len(above))
+                raise
             if identity(name) in chain:
-                raise _Loop(f"{node.filename}: its backing chain comes back to '{name}'")
+                raise ImageError(f"{node.filename}: its backing chain comes back to '{name}'")
             try:
                 backing = self._open_any(name, hint.format, below, made, chain)
             except OSError as error:
-                raise OSError(error.errno, f"{_BACKING_FAILED}{error.strerror}", error.filename or name) from error
-            except (LimitExceeded, _Loop):
-                raise  # told of the chain as a whole
+                text = f"{_BACKING_FAILED * len(chain)}{error.strerror}"
+                raise OSError(error.errno, text, error.filename or name) from error
             except DiskwrightError as error:
-                # Each layer above adds the same words, as users of the classic tools know it.
-                error.args = (f"{_BACKING_FAILED}{error}",)
+                _below(error, len(chain))
                 raise
         node.backing = backing
         self._hold(backing)
 
     def _reference_opener(
-        self, file: Node, given: dict[str, object], mode: Mode, made: list[Node], above: tuple[str, ...]
+        self, file: Node, given: dict[str, object], mode: Mode, made: _Made, above: tuple[str, ...]
     ) -> Any:
         def open_reference(role: str, filename: str, driver: str | None) -> Node:
             choice = given.pop(role, None)
             if isinstance(choice, str):
                 return self.node(choice)
             if isinstance(choice, Mapping):
-                return self._open_any(choice, driver, mode, made, above)
+                return self._whole(made, lambda: self._open_any(choice, driver, mode, made, above))
             name = resolve(filename, file.filename)
             self.gate.admit(name, named_by=file.filename, role=role)
             if driver is None:
                 return self._storage_by_name(name, mode, made)
-            return self._open_options(driver, {"filename": name}, mode, made, above)
+            return self._whole(made, lambda: self._open_options(driver, {"filename": name}, mode, made, above))
 
         return open_reference
 
@@ -401,16 +412,16 @@ class Graph:
         self._counter += 1
         return f"#block{self._counter:03d}"
 
-    def _add(self, node: Node, made: list[Node]) -> Node:
+    def _add(self, node: Node, made: _Made) -> Node:
         self._nodes[node.name] = node
         self._owners[node.name] = 0
         made.append(node)
         return node
 
     @contextmanager
-    def _undo_on_error(self) -> Iterator[list[Node]]:
+    def _undo_on_error(self) -> Iterator[_Made]:
         """Collects the nodes an open makes; when it fails they are closed, parents first."""
-        made: list[Node] = []
+        made = _Made()
         try:
             yield made
         except BaseException:
@@ -503,8 +514,18 @@ class Graph:
                         self.release(node)
 
 
-class _Loop(ImageError):
-    """A backing chain comes back to one of its images."""
+class _Made(list["Node"]):
+    """The nodes an open has made so far, and what is still to be done for them: opening their backing files."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[Callable[[], None]] = []
+
+
+def _below(error: DiskwrightError, layers: int) -> None:
+    """Words an error of a backing file as the overlay's. Every layer above adds the same words, as users of the classic
+    tools know it."""
+    error.args = (f"{_BACKING_FAILED * layers}{error}",)
 
 
 _BACKING_FAILED = "Could not open backing file: "
