@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import diskwright
+from diskwright.errors import OptionError
 from tests.peers import qemu_img
 
 SIZE = 8 << 20
@@ -168,3 +169,32 @@ def test_a_source_is_never_overwritten_by_its_copy(raw: Path, tmp_path: Path) ->
         )
         assert done.returncode == 1 and "would destroy it" in done.stderr
     assert raw.read_bytes() == expected
+
+
+def test_backing_chains(tmp_path: Path) -> None:
+    base, other, top = (tmp_path / name for name in ("base.raw", "other.raw", "top.qcow2"))
+    rng = random.Random(5)
+    base.write_bytes(rng.randbytes(1 << 20))
+    other.write_bytes(rng.randbytes(1 << 19))
+    diskwright.create(top, "qcow2", backing_file="base.raw", backing_fmt="raw")
+    with diskwright.open(top, writable=True) as disk:
+        disk.pwrite(1000, b"mine")
+        expected = disk.pread(0, disk.size)
+    told: list[tuple[int, int]] = []
+    diskwright.rebase(top, "other.raw", "raw", progress=lambda done, all: told.append((done, all)))
+    assert told[-1] == (1 << 20, 1 << 20)
+    with diskwright.open(top) as disk:
+        assert disk.pread(0, disk.size) == expected
+    assert diskwright.info(top)["backing-filename"] == "other.raw"
+    diskwright.commit(top)
+    assert other.read_bytes() == expected
+    with diskwright.open(top) as disk:
+        assert disk.pread(0, disk.size) == expected
+    diskwright.rebase(top, None)
+    with pytest.raises(OptionError, match="no backing file"):
+        diskwright.commit(top)
+    with pytest.raises(OptionError, match="format"):
+        diskwright.rebase(top, "base.raw")
+    assert diskwright.compact(top).complete
+    with diskwright.open(top) as disk:
+        assert disk.pread(0, disk.size) == expected

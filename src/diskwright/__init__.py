@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from diskwright.api import (
         apply_snapshot,
         check,
+        commit,
+        compact,
         compare,
         convert,
         create,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
         info,
         mirror,
         open,
+        rebase,
         serve,
         snapshots,
     )
@@ -51,6 +54,8 @@ _HOMES = {
     "diskwright.api": (
         "apply_snapshot",
         "check",
+        "commit",
+        "compact",
         "compare",
         "convert",
         "create",
@@ -59,6 +64,7 @@ _HOMES = {
         "info",
         "mirror",
         "open",
+        "rebase",
         "serve",
         "snapshots",
     ),
@@ -104,6 +110,8 @@ __all__ = [
     "__version__",
     "apply_snapshot",
     "check",
+    "commit",
+    "compact",
     "compare",
     "convert",
     "create",
@@ -112,6 +120,7 @@ __all__ = [
     "info",
     "mirror",
     "open",
+    "rebase",
     "serve",
     "snapshots",
 ]

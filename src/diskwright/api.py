@@ -15,13 +15,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from diskwright.core.disk import Disk
-from diskwright.core.driver import COMPRESSION, CheckReport, not_supported
-from diskwright.core.graph import Graph, Spec
+from diskwright.core.driver import COMPRESSION, CheckReport, CompactReport, not_supported
+from diskwright.core.graph import Graph, Spec, parse_json
 from diskwright.core.node import FormatNode, Node, below_filters, format_of
+from diskwright.core.options import describe
 from diskwright.core.permissions import ALL, READ, WRITE, Access
 from diskwright.core.registry import find
 from diskwright.core.secrets import Secrets, needed_to_open
-from diskwright.errors import JobError
+from diskwright.errors import JobError, OptionError
 
 if TYPE_CHECKING:
     from diskwright.core.gate import Gate
@@ -405,6 +406,125 @@ def _root(image: Disk | Spec | os.PathLike[str], *, writable: bool) -> Iterator[
     graph = Graph()
     try:
         yield graph.open(_spec(image), writable=writable, backing=False)
+    finally:
+        graph.close()
+
+
+def rebase(
+    image: Spec | os.PathLike[str],
+    backing: str | os.PathLike[str] | None,
+    backing_format: str | None = None,
+    *,
+    format: str | None = None,
+    unsafe: bool = False,
+    gate: Gate | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Gives an image another backing file, or none (then it holds everything itself). ``backing`` is named as the image
+    shall name it: relative to the image's directory; its format has to be said.
+
+    The image takes over whatever the new one reads otherwise, and reads as before; with ``unsafe`` only the name is
+    changed. A crash leaves the image as it was, or as it is to be. Raises ImageError, OptionError or OSError.
+    """
+    from diskwright.core.gate import resolve
+    from diskwright.engine.rebase import Rebase, RebaseFailed
+
+    name = None if backing is None else os.fspath(backing)
+    if name is not None and backing_format is None:
+        raise OptionError("The format of a backing file has to be given")
+    graph = Graph(gate)
+    try:
+        node = below_filters(graph.open(_spec(image), driver=format, writable=True, backing=not unsafe))
+        if not format_of(node).has_backing:
+            raise OptionError(f"Images of format '{node.driver_name}' have no backing files")
+        if not unsafe:
+            new = None if name is None else graph.open(resolve(name, node.filename), driver=backing_format)
+            old = node.backing
+            if old is not None:
+                graph.hold(old)
+            graph.set_backing(node, new)
+            work = Rebase(node, old, new, graph.leases)
+            with _reporting(work.progress, progress):
+                work.run()
+        format_of(node).change_backing(name, backing_format)
+    except RebaseFailed as error:
+        raise error.__cause__ or error from None
+    finally:
+        graph.close()
+
+
+def commit(
+    image: Spec | os.PathLike[str],
+    base: str | None = None,
+    *,
+    format: str | None = None,
+    keep: bool = False,
+    gate: Gate | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Puts what an image has into its backing file, and empties it then unless ``keep``. With ``base``, an image
+    further down the chain, it goes into that one, with what lies between, and nothing is emptied.
+
+    The base is durable before anything is given up. Other overlays of the base, or of images between, read something
+    else afterwards. Raises OptionError when there is no such base, ImageError or OSError.
+    """
+    from diskwright.core.chain import chain, depth_of
+    from diskwright.engine.commit import Commit
+    from diskwright.engine.convert import CopyFailed
+
+    depth: int | None = 1
+    graph = Graph(gate)
+    try:
+        if base is not None:
+            node = graph.open(_spec(image), driver=format)
+            depth = depth_of(node, base)
+            graph.release(node)
+            if depth is None:
+                raise OptionError(f"'{base}' is not in the backing chain")
+        top = graph.open(_spec(image), driver=format, writable=True, writable_backing=depth or 1)
+        images = list(chain(top))
+        if len(images) == 1:
+            raise OptionError("The image has no backing file")
+        work = Commit(top, images[depth or 1], graph.leases)
+        with _reporting(work.progress, progress):
+            work.run()
+        if base is None and not keep:
+            format_of(top).make_empty()
+    except CopyFailed as error:
+        raise error.__cause__ or error from None
+    finally:
+        graph.close()
+
+
+def compact(
+    image: Spec | os.PathLike[str],
+    *,
+    format: str | None = None,
+    detect_zeros: bool = False,
+    gate: Gate | None = None,
+    progress: Progress | None = None,
+) -> CompactReport:
+    """Makes a qcow2 image's file as short as what it holds, in place and without further space. With ``detect_zeros``
+    clusters full of zeros are given up too. ``progress`` is called between batches, in bytes moved.
+
+    It can end at any moment without loss; another call goes on from there. Raises ImageLocked when anybody else has
+    the image open, ImageError for a damaged one, OSError with ENOTSUP for other formats.
+    """
+    graph = Graph(gate)
+    try:
+        looked_at = graph.open(_spec(image), driver=format, backing=False)
+        known = {option.name for option in describe(type(format_of(looked_at)).options)}
+        graph.release(looked_at)
+        spec = _spec(image)
+        if isinstance(spec, str):
+            spec = parse_json(spec[5:]) if spec.startswith("json:") else {"filename": spec}
+        # So that neither the map nor a dirty image's repair is begun before the file is ours alone.
+        more: dict[str, object] = {"repair": True} if "repair" in known else {}
+        node = graph.open({**spec, **more}, driver=format, writable=True, backing=False)
+        graph.hold_exclusively(node)
+        return format_of(node).compact(
+            detect_zeros=detect_zeros, progress=progress if progress is not None else lambda done, total: None
+        )
     finally:
         graph.close()
 

@@ -232,7 +232,7 @@ def test_files(tmp_path: Path, source_format: str, format: str, copy_mode: Any) 
         seen = writers.writes
         until(lambda: writers.writes > seen + 50)
     writers.check()
-    (before, after), = frozen
+    ((before, after),) = frozen
     assert before == after
     guest.close()
     graph.close()
@@ -662,6 +662,7 @@ def test_an_event_receiver_may_use_the_disk() -> None:
 
 def test_what_is_raised_at_the_end_fails_the_job() -> None:
     with rig(SIZE) as r:
+
         def refuse() -> None:
             raise JobError("they differ")
 

@@ -370,9 +370,11 @@ def opening_error(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         name = error.filename
         text = error.strerror or ""
-        if text.startswith("Could not open backing file: "):
-            cause = text.removeprefix("Could not open backing file: ")
-            return f"Could not open backing file: Could not open '{name}': {cause}"
+        cause = text
+        while cause.startswith("Could not open backing file: "):
+            cause = cause.removeprefix("Could not open backing file: ")
+        if cause != text:
+            return f"{text.removesuffix(cause)}Could not open '{name}': {cause}"
         return f"Could not open '{name}': {text}"
     if isinstance(error, ImageLocked):
         return str(error).strip()

@@ -225,6 +225,20 @@ class CheckReport:
 
 
 @dataclass
+class CompactReport:
+    """What a compaction did. Lengths of the file in bytes."""
+
+    before: int
+    after: int = 0
+    moved: int = 0
+    """Clusters moved to another place; of compressed ones, those that were given up."""
+    released: int = 0
+    """Clusters given up because they need no place: they read as zeros."""
+    complete: bool = False
+    """Whether it got to the end, rather than being stopped: then another one goes on where it stopped."""
+
+
+@dataclass
 class Info:
     """Facts of a format beyond its size. The names are those of ``qemu-img info --output=json``."""
 
@@ -462,6 +476,30 @@ class Format(ABC):
         together is done step by step: after an error any part may have been done, and the image is sound.
         """
         raise not_supported(f"Format driver '{self.name}' does not support option amendment")
+
+    def change_backing(self, filename: str | None, format: str | None) -> None:
+        """Names another backing file of ``format`` in the image, or none, and makes that durable; what was written
+        before is durable then too. A crash leaves the old name or the new one. Contents are the caller's affair."""
+        raise not_supported(f"Format '{self.name}' cannot change its backing file")
+
+    def make_empty(self) -> None:
+        """Takes everything this layer holds off its map, so that reads go to the backing node. What that holds has
+        to be durable. A crash leaves any part of it done. Called with no other request in flight."""
+        raise not_supported(f"Format '{self.name}' cannot be emptied")
+
+    def compact(
+        self,
+        *,
+        detect_zeros: bool = False,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> CompactReport:
+        """Gives back to the file system what the image does not use, by moving what lies at the end of the file to
+        the front; needs no space meanwhile. With ``detect_zeros`` clusters full of zeros are given up as well.
+        A crash loses nothing. Called with no other request in flight, and with nobody else reading the file.
+
+        ``progress(done, total)`` is told in bytes moved; ``stop`` is asked between batches."""
+        raise not_supported(f"Format '{self.name}' cannot be compacted")
 
     def check(self, repair: str) -> CheckReport:
         """Looks for damage and, when ``repair`` is ``leaks`` or ``all``, mends what it can. Called with no

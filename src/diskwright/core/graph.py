@@ -11,9 +11,9 @@ from __future__ import annotations
 import os
 import stat
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from diskwright.core import options as opts
@@ -25,7 +25,7 @@ from diskwright.core.leases import Leases
 from diskwright.core.node import FilterNode, FormatNode, Node, StorageNode, below_filters
 from diskwright.core.permissions import FORCED, READ, READER, RESIZE, WRITE, WRITE_UNCHANGED, WRITER, Access, combine
 from diskwright.core.secrets import Secrets, bind
-from diskwright.errors import GraphError, ImageError, LimitExceeded, OptionError
+from diskwright.errors import DiskwrightError, GraphError, ImageError, LimitExceeded, OptionError
 from diskwright.units import MAX_CHAIN
 
 Spec = str | Mapping[str, object]
@@ -50,6 +50,8 @@ class Mode:
     guest_data: bool = True
     """Whether anybody will read or write the guest's bytes: when not, files that hold nothing else stay closed, and
     encrypted images open without their key."""
+    writable_backing: int = 0
+    """How far down the backing chain lies an image that is to be written to as well; 0: none."""
 
     def child_access(self, holds_format: bool) -> Access:
         """What a storage's locks should say: a format's file may grow, so its size is its own too."""
@@ -88,21 +90,33 @@ class Graph:
         cache: str | None = None,
         backing: bool = True,
         guest_data: bool = True,
+        writable_backing: int = 0,
     ) -> Node:
         """Opens ``spec`` and everything below it; returns the root node, which the caller owns (``release``).
         ``backing`` and ``guest_data`` say whether backing files and files of nothing but guest data are opened.
 
+        Backing files are opened for reading only, except the one that many images further down the chain
+        (``writable_backing``; 1 is the root's own).
         ``driver`` names the format of a file name (None: probe). ``cache`` is a cache mode for the storages. Without
         ``guest_data`` nobody may read or write the guest's bytes, and encrypted images open without their key.
         Raises OptionError, ImageError or OSError, with nothing left open.
         """
         with self._lock, self._undo_on_error() as made:
-            mode = Mode(writable, force_share, cache, backing, guest_data)
-            node = self._open_any(spec, driver, mode, made, ())
+            mode = Mode(writable, force_share, cache, backing, guest_data, writable_backing)
+            node = self._whole(made, lambda: self._open_any(spec, driver, mode, made, ()))
             self._hold(node)
             return node
 
-    def _open_any(self, spec: Spec, driver: str | None, mode: Mode, made: list[Node], above: tuple[str, ...]) -> Node:
+    def _whole(self, made: _Made, opener: Callable[[], Node]) -> Node:
+        """A node with its backing chain. One image of a chain after the other, rather than each within the one above:
+        chains are longer than calls can be nested."""
+        before = len(made.waiting)
+        node = opener()
+        while len(made.waiting) > before:
+            made.waiting.pop()()
+        return node
+
+    def _open_any(self, spec: Spec, driver: str | None, mode: Mode, made: _Made, above: tuple[str, ...]) -> Node:
         if isinstance(spec, str) and spec.startswith("json:"):
             spec = parse_json(spec[5:])
         if isinstance(spec, Mapping):
@@ -118,7 +132,7 @@ class Graph:
         return self._open_options(None, {"filename": spec}, mode, made, above)
 
     def _open_options(
-        self, driver: str | None, options: dict[str, object], mode: Mode, made: list[Node], above: tuple[str, ...]
+        self, driver: str | None, options: dict[str, object], mode: Mode, made: _Made, above: tuple[str, ...]
     ) -> Node:
         unmaps, detect_zeroes = _write_policy(options)
         node = self._open_by_driver(driver, options, mode, made, above)
@@ -126,7 +140,7 @@ class Graph:
         return node
 
     def _open_by_driver(
-        self, driver: str | None, options: dict[str, object], mode: Mode, made: list[Node], above: tuple[str, ...]
+        self, driver: str | None, options: dict[str, object], mode: Mode, made: _Made, above: tuple[str, ...]
     ) -> Node:
         mode = _with_own_mode(mode, options)
         if driver is None:
@@ -140,7 +154,7 @@ class Graph:
             return self._open_filter(found, file, options, mode, made, above)
         return self._open_format(found, file, options, mode, made, above)
 
-    def _open_file(self, options: dict[str, object], mode: Mode, made: list[Node], above: tuple[str, ...]) -> Node:
+    def _open_file(self, options: dict[str, object], mode: Mode, made: _Made, above: tuple[str, ...]) -> Node:
         """The child ``file``: given as such, or by the plain ``filename``."""
         given = options.pop("file", None)
         filename = options.pop("filename", None)
@@ -154,19 +168,19 @@ class Graph:
                 return self._storage_by_name(cast(str, nested["filename"]), mode, made)
             if "driver" not in nested:
                 nested["driver"] = "file"
-            return self._open_options(str(nested["driver"]), nest(nested), mode, made, above)
+            return self._whole(made, lambda: self._open_options(str(nested["driver"]), nest(nested), mode, made, above))
         if isinstance(filename, str):
             if filename.startswith("json:"):
-                return self._open_any(filename, None, mode, made, above)
+                return self._whole(made, lambda: self._open_any(filename, None, mode, made, above))
             return self._storage_by_name(filename, mode, made)
         raise OptionError("A format needs the option 'file'")
 
-    def _storage_by_name(self, filename: str, mode: Mode, made: list[Node]) -> Node:
+    def _storage_by_name(self, filename: str, mode: Mode, made: _Made) -> Node:
         cls = storage_for(filename)
         return self._open_storage(cls, dict(cls.parse_filename(filename)), mode, made, holds_format=True)
 
     def _open_storage(
-        self, cls: type[Storage], options: dict[str, object], mode: Mode, made: list[Node], *, holds_format: bool
+        self, cls: type[Storage], options: dict[str, object], mode: Mode, made: _Made, *, holds_format: bool
     ) -> Node:
         own = {key: value for key, value in options.items() if key not in _NOT_STORAGES}
         known = {info.name for info in opts.describe(cls.options)}
@@ -188,7 +202,7 @@ class Graph:
         file: Node,
         options: dict[str, object],
         mode: Mode,
-        made: list[Node],
+        made: _Made,
         above: tuple[str, ...],
     ) -> Node:
         context = OpenContext(file, self.leases, self._reference_opener(file, {}, mode, made, above), mode.writable)
@@ -203,7 +217,7 @@ class Graph:
         file: Node,
         options: dict[str, object],
         mode: Mode,
-        made: list[Node],
+        made: _Made,
         above: tuple[str, ...],
     ) -> Node:
         options = opts.flatten(cls.options, options)
@@ -221,17 +235,18 @@ class Graph:
         for child in form.children:
             self._hold(child)
         if cls.has_backing and mode.backing:
-            self._open_backing(node, given, mode, made, above)
+            made.waiting.append(lambda: self._open_backing(node, given, mode, made, above))
         return node
 
     def _open_backing(
-        self, node: FormatNode, given: dict[str, object], mode: Mode, made: list[Node], above: tuple[str, ...]
+        self, node: FormatNode, given: dict[str, object], mode: Mode, made: _Made, above: tuple[str, ...]
     ) -> None:
         hint = node.format.backing
         chain = (*above, identity(node.filename))
         if len(chain) > MAX_CHAIN:
             raise LimitExceeded(f"{node.filename}: its backing chain is longer than {MAX_CHAIN} images")
-        below = Mode(False, mode.force_share, mode.cache, guest_data=mode.guest_data)
+        depth = max(0, mode.writable_backing - 1)
+        below = replace(mode, writable=mode.writable_backing == 1, writable_backing=depth)
         if "backing" in given:
             choice = given["backing"]
             if choice is None or choice == "":
@@ -245,30 +260,38 @@ class Graph:
             return
         else:
             name = resolve(hint.filename, node.filename)
-            self.gate.admit(name, named_by=node.filename, role="backing file")
+            try:
+                self.gate.admit(name, named_by=node.filename, role="backing file")
+            except DiskwrightError as error:
+                _below(error, len(above))
+                raise
             if identity(name) in chain:
                 raise ImageError(f"{node.filename}: its backing chain comes back to '{name}'")
             try:
                 backing = self._open_any(name, hint.format, below, made, chain)
             except OSError as error:
-                raise OSError(error.errno, f"Could not open backing file: {error.strerror}", name) from error
+                text = f"{_BACKING_FAILED * len(chain)}{error.strerror}"
+                raise OSError(error.errno, text, error.filename or name) from error
+            except DiskwrightError as error:
+                _below(error, len(chain))
+                raise
         node.backing = backing
         self._hold(backing)
 
     def _reference_opener(
-        self, file: Node, given: dict[str, object], mode: Mode, made: list[Node], above: tuple[str, ...]
+        self, file: Node, given: dict[str, object], mode: Mode, made: _Made, above: tuple[str, ...]
     ) -> Any:
         def open_reference(role: str, filename: str, driver: str | None) -> Node:
             choice = given.pop(role, None)
             if isinstance(choice, str):
                 return self.node(choice)
             if isinstance(choice, Mapping):
-                return self._open_any(choice, driver, mode, made, above)
+                return self._whole(made, lambda: self._open_any(choice, driver, mode, made, above))
             name = resolve(filename, file.filename)
             self.gate.admit(name, named_by=file.filename, role=role)
             if driver is None:
                 return self._storage_by_name(name, mode, made)
-            return self._open_options(driver, {"filename": name}, mode, made, above)
+            return self._whole(made, lambda: self._open_options(driver, {"filename": name}, mode, made, above))
 
         return open_reference
 
@@ -322,6 +345,21 @@ class Graph:
             raise GraphError(f"Cannot replace '{old.name}' ({old.size} bytes) by '{new.name}' ({new.size} bytes)")
         with self.drained(), self._lock:
             self._redirect(old, new, skip=new)
+
+    def set_backing(self, node: Node, backing: Node | None) -> None:
+        """``node`` reads from ``backing`` where it has nothing itself. Drains meanwhile; what the image's header says
+        stays as it is. Raises GraphError when ``node`` would be its own backing."""
+        below = backing
+        while below is not None:
+            if below is node:
+                raise GraphError(f"Making '{node.name}' a backing file of itself would create a cycle")
+            below = below_filters(below).backing
+        with self.drained(), self._lock:
+            old, node.backing = node.backing, backing
+            if backing is not None:
+                self._hold(backing)
+            if old is not None:
+                self.release(old)
 
     def _redirect(self, old: Node, new: Node, *, skip: Node) -> None:
         for disk in self._disks:
@@ -378,16 +416,16 @@ class Graph:
         self._counter += 1
         return f"#block{self._counter:03d}"
 
-    def _add(self, node: Node, made: list[Node]) -> Node:
+    def _add(self, node: Node, made: _Made) -> Node:
         self._nodes[node.name] = node
         self._owners[node.name] = 0
         made.append(node)
         return node
 
     @contextmanager
-    def _undo_on_error(self) -> Iterator[list[Node]]:
+    def _undo_on_error(self) -> Iterator[_Made]:
         """Collects the nodes an open makes; when it fails they are closed, parents first."""
-        made: list[Node] = []
+        made = _Made()
         try:
             yield made
         except BaseException:
@@ -411,6 +449,15 @@ class Graph:
             root = below_filters(node)
             combine([a for _, n, a in self._uses if below_filters(n) is root] + [access])
             self._uses.append((user, node, access))
+
+    def hold_exclusively(self, node: Node) -> None:
+        """Keeps everybody else from the files of ``node`` (backing files not among them), readers too, until it is
+        closed: for changes that one who reads could not follow. Raises ImageLocked."""
+        if isinstance(node, StorageNode):
+            node.storage.set_access(Access(READ | WRITE | RESIZE, 0))
+        for role, child in node.children().items():
+            if role != "backing":
+                self.hold_exclusively(child)
 
     def end_use(self, user: object) -> None:
         with self._lock:
@@ -463,11 +510,29 @@ class Graph:
         for disk in list(self._disks):
             disk.close()
         with self._lock:
-            inner = {child.name for node in self._nodes.values() for child in node.children().values()}
-            for node in list(self._nodes.values()):
-                if node.name not in inner and node.name in self._owners:
-                    self._owners[node.name] = 1
-                    self.release(node)
+            while self._nodes:  # again for nodes below others that somebody held as well
+                inner = {child.name for node in self._nodes.values() for child in node.children().values()}
+                for node in list(self._nodes.values()):
+                    if node.name not in inner and node.name in self._owners:
+                        self._owners[node.name] = 1
+                        self.release(node)
+
+
+class _Made(list["Node"]):
+    """The nodes an open has made so far, and what is still to be done for them: opening their backing files."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[Callable[[], None]] = []
+
+
+def _below(error: DiskwrightError, layers: int) -> None:
+    """Words an error of a backing file as the overlay's. Every layer above adds the same words, as users of the classic
+    tools know it."""
+    error.args = (f"{_BACKING_FAILED * layers}{error}",)
+
+
+_BACKING_FAILED = "Could not open backing file: "
 
 
 def storage_for(filename: str) -> type[Storage]:
@@ -544,9 +609,8 @@ def _with_own_mode(mode: Mode, options: dict[str, object]) -> Mode:
     read_only = opts.BOOL.parse("read-only", options.pop("read-only", not mode.writable))
     force = opts.BOOL.parse("force-share", options.pop("force-share", mode.force_share))
     cache = options.get("cache", mode.cache)
-    return Mode(
-        not read_only and mode.writable, force, cache if isinstance(cache, str) else None, mode.backing, mode.guest_data
-    )
+    cache = cache if isinstance(cache, str) else None
+    return replace(mode, writable=not read_only and mode.writable, force_share=force, cache=cache)
 
 
 def _format_node(name: str, form: Format, writable: bool) -> FormatNode:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from diskwright.core.driver import (
     CheckReport,
+    CompactReport,
     Format,
     Info,
     MeasuredSource,
@@ -361,6 +362,23 @@ class Qcow2(Format, Snapshots):
         if self.bitmap_store is not None and self.writer is not None:
             self.bitmap_store.before_resize(size)
         resize(self, size, preallocation, conceal)
+
+    def change_backing(self, filename: str | None, format: str | None) -> None:
+        from diskwright.formats.qcow2.rename import change_backing
+
+        self.settle()
+        change_backing(self, filename, format)
+
+    def make_empty(self) -> None:
+        from diskwright.formats.qcow2.resize import make_empty
+
+        self.settle()
+        make_empty(self)
+
+    def compact(self, **options: Any) -> CompactReport:
+        from diskwright.formats.qcow2.compact import compact
+
+        return compact(self, **options)
 
     def check(self, repair: str) -> CheckReport:
         from diskwright.formats.qcow2.check import check

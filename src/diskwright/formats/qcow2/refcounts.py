@@ -194,6 +194,37 @@ class Refcounts:
             self._store(others, place & self._slice_mask, 0)
         return any(others)
 
+    # -- for those who choose places themselves ----------------------------------------------------
+
+    def used(self, first: int = 0) -> int:
+        """How many clusters from ``first`` on are in use."""
+        import numpy as np
+
+        count = 0
+        for block in range(len(self.table)):
+            if self.table[block] & REFTABLE_OFFSET_MASK:
+                for number in range(block << self._block_to_slice, (block + 1) << self._block_to_slice):
+                    items = self.cache.get(number)
+                    below = max(0, first - (number << self.geometry.ref_slice_bits))
+                    if items is not None and below <= self._slice_mask:
+                        count += int(np.count_nonzero(expand(items, self._order)[below:]))
+        return count
+
+    def free_run(self, count: int, start: int) -> tuple[int, int]:
+        """``(first, n)``: the first run of free clusters from ``start`` on, cut at ``count``. Nothing is taken."""
+        return self._find(count, start)
+
+    def take_at(self, first: int, count: int) -> None:
+        """Takes clusters that are free; their refcount is now 1. Raises as ``allocate`` does."""
+        self._ensure_blocks(first, count)
+        self._take(first, count)
+
+    def put(self, cluster: int, count: int) -> None:
+        """Sets the refcount of a cluster whose block exists."""
+        self._set(cluster, count)
+        if not count:
+            self._hint = min(self._hint, cluster)
+
     def take_from(self, cluster: int) -> None:
         """Later allocations begin at ``cluster``: for space that is to be in one piece at the file's end."""
         self._hint = max(self._hint, cluster)

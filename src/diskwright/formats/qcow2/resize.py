@@ -176,18 +176,30 @@ def grow_l1(writer: Writer, entries: int) -> None:
 
 
 def _shrink(image: Qcow2, writer: Writer, size: int) -> None:
-    g = writer.geometry
     writer.checkpoint()
     _set_size(image, writer, size)
-    first = g.clusters(size)
+    _drop(writer, writer.geometry.clusters(size))
+    if writer.data_file is not None and writer.data_file.size > size:
+        _shorten(writer.data_file, size)
+
+
+def make_empty(image: Qcow2) -> None:
+    """See ``Format.make_empty``. Raises ImageError for a read-only image."""
+    if image.writer is None:
+        raise ImageError(f"{image.children[0].filename}: is open read-only")
+    image.writer.checkpoint()
+    _drop(image.writer, 0)
+
+
+def _drop(writer: Writer, first: int) -> None:
+    """Takes all guest clusters from ``first`` on off the map, tables too, and cuts off what is free at the end."""
+    g = writer.geometry
     _unmap(writer, first, len(writer.map.l1) << g.l2_bits)
     writer.drop_tables(-(-first >> g.l2_bits))
     writer.checkpoint()
     writer.drop_blocks()
     writer.checkpoint()
     _trim(writer)
-    if writer.data_file is not None and writer.data_file.size > size:
-        _shorten(writer.data_file, size)
 
 
 def _trim(writer: Writer) -> None:
