@@ -84,7 +84,7 @@ def test_wrong_command_lines(words: list[str], line: str, capsys: pytest.Capture
 def test_every_error_is_one_line(
     error: BaseException, code: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from diskwright.cli import info
+    from diskwright.cli.commands import info
 
     def fail(args: object) -> int:
         raise error
@@ -95,7 +95,7 @@ def test_every_error_is_one_line(
 
 
 def test_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    from diskwright.cli import info
+    from diskwright.cli.commands import info
 
     monkeypatch.setattr(info, "run", lambda args: {}["k"])
     monkeypatch.setenv(entry.TRACEBACK, "1")
@@ -133,13 +133,13 @@ def test_info_loads_neither_numpy_nor_package_metadata(words: list[str], tmp_pat
         f"code = main(['info', *{words}])\n"
         "unwanted = ('numpy', 'importlib.metadata', 'asyncio', 'json', 'email', 'shutil')\n"
         "heavy = [name for name in unwanted if name in sys.modules]\n"
-        "ours = [name for name in sys.modules if name.startswith('diskwright.cli.')]\n"
+        "ours = [name[15:] for name in sys.modules if name.startswith('diskwright.cli.')]\n"
         "print(code, heavy, sorted(ours))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True
     )
-    expected = ["diskwright.cli.common", "diskwright.cli.info", "diskwright.cli.main", "diskwright.cli.output"]
+    expected = ["commands", "commands.info", "common", "faces", "main", "output"]
     assert done.stdout.splitlines()[-1] == f"0 [] {expected}"
 
 
@@ -172,7 +172,8 @@ def test_full_output_device_is_an_error(tmp_path: Path) -> None:
 def test_interrupt_is_130(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys\n"
-        "from diskwright.cli import info, main\n"
+        "from diskwright.cli import main\n"
+        "from diskwright.cli.commands import info\n"
         # A shell that starts the tests in the background has them ignore the signal.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "info.run = lambda args: os.kill(os.getpid(), signal.SIGINT) or signal.pause()\n"

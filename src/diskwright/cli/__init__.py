@@ -1,1 +1,1 @@
-"""The command line, one module a subcommand."""
+"""The command line: its subcommands are in ``commands``; here is what they share."""

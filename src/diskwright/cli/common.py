@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, NoReturn
 
+from diskwright.cli.faces import program
 from diskwright.errors import DiskwrightError, ImageLocked, OptionError, message_of
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from diskwright.core.node import Node
     from diskwright.core.secrets import Secrets
 
-PROGRAM: Final = "diskwright"
 
 CACHE_MODES: Final = ("none", "writeback", "writethrough", "directsync", "unsafe")
 
@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
     last_is_operand = False
     """Whether the last word is an operand whatever it looks like: sizes may begin with a hyphen."""
 
-    def __init__(self, *, prog: str = PROGRAM, description: str | None = None) -> None:
+    def __init__(self, *, prog: str | None = None, description: str | None = None) -> None:
         super().__init__(prog=prog, description=description, formatter_class=_formatter)
 
     def error(self, message: str) -> NoReturn:
@@ -309,7 +309,7 @@ def warn_guessed_raw(name: str, node: Node, format: str | None, image_opts: bool
 
     if format is None and not image_opts and node.driver_name == "raw" and not name.startswith("json:"):
         text = f"the format of '{name}' was not given and was guessed to be raw; give it with -f raw"
-        print(f"{PROGRAM}: warning: {text}", file=sys.stderr)
+        print(f"{program()}: warning: {text}", file=sys.stderr)
 
 
 def snapshot_options(graph: Graph, name: str, args: argparse.Namespace) -> dict[str, object]:

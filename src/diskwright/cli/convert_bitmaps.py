@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from diskwright.cli.common import PROGRAM, Failure
+from diskwright.cli.common import Failure
+from diskwright.cli.faces import program
 from diskwright.errors import DiskwrightError, message_of
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def check_source(source: Node, *, skip_broken: bool) -> None:
         if bitmap.inconsistent and not skip_broken:
             raise Failure(
                 f"Cannot copy inconsistent bitmap '{bitmap.name}'\n"
-                f"Try --skip-broken-bitmaps, or use '{PROGRAM} bitmap --remove' to delete it"
+                f"Try --skip-broken-bitmaps, or use '{program()} bitmap --remove' to delete it"
             )
 
 
@@ -42,7 +43,7 @@ def copy_bitmaps(source: Node, target: Node, *, skip_broken: bool) -> None:
     found = _persistent(source)
     for bitmap in reversed(found):
         if bitmap.inconsistent and skip_broken:
-            print(f"{PROGRAM}: warning: Skipping inconsistent bitmap '{bitmap.name}'", file=sys.stderr)
+            print(f"{program()}: warning: Skipping inconsistent bitmap '{bitmap.name}'", file=sys.stderr)
     there = {bitmap.name for bitmap in bitmaps.named(target)}
     for bitmap in reversed(found):
         if bitmap.name in there and not bitmap.inconsistent:

@@ -1,10 +1,10 @@
 """The entry point: finds the subcommand's module, runs it, and turns every error into one line and an exit code.
 
-A subcommand is a module of this package with
+A subcommand is a module of ``cli.commands`` with
 
-* ``SUMMARY``, one line for the list of commands,
-* ``add_arguments(parser)``, which describes its options and operands, and
-* ``run(args)``, which returns the exit code.
+* ``SUMMARY``, one line for the list of commands, and either
+* ``add_arguments(parser)``, which describes its options and operands, and ``run(args)``, which returns the exit code,
+* or ``main(words)``, which does it all: for a command line that is a whole program's.
 
 Nothing else names it: adding one is adding a module. Only the module asked for is loaded.
 """
@@ -18,11 +18,13 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Final
 
-from diskwright.cli.common import PROGRAM, Failure, Parser, UsageError
+from diskwright.cli import faces
+from diskwright.cli.common import Failure, Parser, UsageError
+from diskwright.cli.faces import program
 from diskwright.errors import DiskwrightError, message_of
 from diskwright.version import __version__
 
-_NOT_COMMANDS: Final = frozenset({"main", "common", "convert_bitmaps", "output", "progress"})
+_COMMANDS: Final = "diskwright.cli.commands"
 
 TRACEBACK: Final = "DISKWRIGHT_TRACEBACK"
 """When this environment variable is set, an error ends with Python's traceback: for finding bugs."""
@@ -32,7 +34,11 @@ INTERRUPTED: Final = 130  # 128 + SIGINT, as shells count
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code. Never raises, except under ``DISKWRIGHT_TRACEBACK``."""
-    words = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments is None:
+        only = faces.put_on(sys.argv[0])
+        words = [only, *sys.argv[1:]] if only else sys.argv[1:]
+    else:
+        words = list(arguments)
     _let_any_name_through()
     try:
         code = _run(words)
@@ -58,12 +64,14 @@ def _run(words: list[str]) -> int:
         print(_overview(), end="")
         return 0
     if first in ("-V", "--version"):
-        print(f"{PROGRAM} {__version__}")
+        print(f"{program()} {__version__}")
         return 0
     if first.startswith("-"):
         raise UsageError(f"unrecognized option '{first}'")
     command = _command(first)
-    parser = Parser(prog=f"{PROGRAM} {first}", description=command.SUMMARY)
+    if hasattr(command, "main"):
+        return int(command.main(rest))
+    parser = Parser(prog=f"{program()} {first}", description=command.SUMMARY)
     command.add_arguments(parser)
     code: int = command.run(parser.parse(rest))
     return code
@@ -71,8 +79,8 @@ def _run(words: list[str]) -> int:
 
 def _command(name: str) -> Any:
     module = name.replace("-", "_")
-    if module.isidentifier() and module not in _NOT_COMMANDS and not module.startswith("_"):
-        full = f"{__package__}.{module}"
+    if module.isidentifier() and not module.startswith("_"):
+        full = f"{_COMMANDS}.{module}"
         if find_spec(full) is not None:
             return import_module(full)
     raise UsageError(f"Command not found: {name}")
@@ -82,20 +90,20 @@ def _overview() -> str:
     """The list of commands. Loads them all, which only this does."""
     from pkgutil import iter_modules
 
-    import diskwright.cli
+    import diskwright.cli.commands
 
-    names = [info.name for info in iter_modules(diskwright.cli.__path__) if info.name not in _NOT_COMMANDS]
+    names = [info.name for info in iter_modules(diskwright.cli.commands.__path__)]
     rows = [(name.replace("_", "-"), _summary(name)) for name in sorted(names)]
     width = max(len(name) for name, _ in rows)
-    lines = [f"usage: {PROGRAM} COMMAND [options] ...", "", "Works on virtual disk images.", "", "commands:"]
+    lines = [f"usage: {program()} COMMAND [options] ...", "", "Works on virtual disk images.", "", "commands:"]
     lines += [f"  {name.ljust(width)}  {summary}" for name, summary in rows]
-    lines += ["", f"'{PROGRAM} COMMAND --help' tells a command's options; '{PROGRAM} --version' the version."]
+    lines += ["", f"'{program()} COMMAND --help' tells a command's options; '{program()} --version' the version."]
     return "\n".join(lines) + "\n"
 
 
 def _summary(name: str) -> str:
     try:
-        return str(import_module(f"{__package__}.{name}").SUMMARY)
+        return str(import_module(f"{_COMMANDS}.{name}").SUMMARY)
     except ImportError as error:  # one command's missing library must not hide the others
         return f"(not available: {error})"
 
@@ -108,7 +116,7 @@ def _report(error: BaseException, words: list[str]) -> int:
         text, code = error.message, error.code
         if isinstance(error, UsageError):
             about = f"{words[0]} " if words and not words[0].startswith("-") and _is_command(words[0]) else ""
-            hint = f"\nTry '{PROGRAM} {about}--help' for more information"
+            hint = f"\nTry '{program()} {about}--help' for more information"
     elif isinstance(error, KeyboardInterrupt):
         text, code = "interrupted", INTERRUPTED
     elif isinstance(error, (DiskwrightError, OSError)):
@@ -123,7 +131,7 @@ def _report(error: BaseException, words: list[str]) -> int:
         detail = " ".join(str(error).split())
         text = f"internal error: {type(error).__name__}: {detail} (set {TRACEBACK}=1 to see where)"
     try:
-        print(f"{PROGRAM}: {text}{hint}", file=sys.stderr, flush=True)
+        print(f"{program()}: {text}{hint}", file=sys.stderr, flush=True)
     except OSError:
         pass  # nobody is listening; the exit code still tells
     return code

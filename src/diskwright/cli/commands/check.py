@@ -8,7 +8,8 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from diskwright.cli import common
-from diskwright.cli.common import PROGRAM, Failure, UsageError
+from diskwright.cli.common import Failure, UsageError
+from diskwright.cli.faces import program
 from diskwright.cli.output import json_text
 from diskwright.errors import DiskwrightError, OptionError, message_of
 
@@ -96,7 +97,7 @@ def _check(node: Node, repair: str) -> CheckReport:
     for message in report.messages:
         print(message, file=sys.stderr)
     if report.check_errors:
-        print(f"{PROGRAM}: Check failed", file=sys.stderr)
+        print(f"{program()}: Check failed", file=sys.stderr)
     return report
 
 

@@ -6,7 +6,8 @@ import argparse
 from typing import TYPE_CHECKING, Any, Final
 
 from diskwright.cli import common
-from diskwright.cli.common import PROGRAM, Failure
+from diskwright.cli.common import Failure
+from diskwright.cli.faces import program
 from diskwright.errors import OptionError
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _measure(graph: Graph, format: str, options: str, size: int, source: Node | 
     wanted: dict[str, object] = {}
     for key, value in common.option_mapping(options).items():
         if key.replace("_", "-") not in known:
-            raise Failure(f"Invalid parameter '{key}'\n{PROGRAM}: Invalid options for file format '{format}'")
+            raise Failure(f"Invalid parameter '{key}'\n{program()}: Invalid options for file format '{format}'")
         wanted[key] = value
     wanted["size"] = size
     typed = opts.parse(driver.create_options, wanted, owner=format)

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from diskwright.api import GUEST, Mirror, format_by_name, open_target
 from diskwright.cli import common
+from diskwright.cli.commands.serve import add_listen_arguments, guard, start
 from diskwright.cli.common import Failure
+from diskwright.cli.faces import program
 from diskwright.cli.progress import Amount, Reporter
-from diskwright.cli.serve import add_listen_arguments, guard, start
 from diskwright.core.disk import Disk
 from diskwright.core.node import below_filters
 from diskwright.errors import JobError, OptionError, message_of
@@ -252,7 +253,7 @@ class _Session:
             print(json.dumps({"event": name, "data": data}) + "\n", end="", file=sys.stderr, flush=True)
         elif name == "BLOCK_JOB_ERROR" and data.get("action") == "stop":
             print(
-                f"{common.PROGRAM}: a {data['operation']} failed; the mirror is paused and its guest goes on. "
+                f"{program()}: a {data['operation']} failed; the mirror is paused and its guest goes on. "
                 "Mend the cause and send SIGUSR2 to resume",
                 file=sys.stderr,
                 flush=True,

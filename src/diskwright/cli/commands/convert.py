@@ -11,8 +11,8 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
 from diskwright.cli import common
+from diskwright.cli.commands.create import creation_error, describe_options
 from diskwright.cli.common import Failure
-from diskwright.cli.create import creation_error, describe_options
 from diskwright.cli.progress import Amount, Reporter
 from diskwright.errors import DiskwrightError, OptionError, message_of
 from diskwright.units import MiB

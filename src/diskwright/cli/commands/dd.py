@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from diskwright.cli import common
-from diskwright.cli.common import PROGRAM, Failure
-from diskwright.cli.create import creation_error
+from diskwright.cli.commands.create import creation_error
+from diskwright.cli.common import Failure
+from diskwright.cli.faces import program
 from diskwright.errors import DiskwrightError, OptionError, message_of
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             import sys
 
             # As ever, this is no failure: the copy is there, and is of nothing.
-            print(f"{PROGRAM}: {wish.source}: cannot skip to specified offset", file=sys.stderr)
+            print(f"{program()}: {wish.source}: cannot skip to specified offset", file=sys.stderr)
         target = common.open_image(graph, wish.target, format=args.target_format, writable=True)
         stored = min(end, source.size)  # what a file lacks of its last sector is zeros, and so is the new image
         if begin < stored:

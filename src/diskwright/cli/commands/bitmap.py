@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from diskwright.cli import common
 from diskwright.cli.common import Failure
+from diskwright.cli.faces import program
 from diskwright.errors import DiskwrightError, OptionError, message_of
 
 if TYPE_CHECKING:
@@ -129,5 +130,5 @@ def _granularity(text: str | None) -> int | None:
     except OptionError:
         raise Failure(
             "Invalid granularity specified. You may use k, M, G, T, P or E suffixes for\n"
-            f"{common.PROGRAM}: kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes."
+            f"{program()}: kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes."
         ) from None

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from diskwright.cli import common
-from diskwright.cli.common import PROGRAM, Failure, UsageError
+from diskwright.cli.common import Failure, UsageError
+from diskwright.cli.faces import program
 from diskwright.cli.progress import Amount, Reporter
 from diskwright.errors import DiskwrightError, OptionError, message_of
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 SUMMARY: Final = "change options of an existing image"
 
-_HINTS: Final = {"Cannot amend the backing file": f"You can use '{PROGRAM} rebase' instead."}
+_HINTS: Final = {"Cannot amend the backing file": "You can use '{} rebase' instead."}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +85,7 @@ def _amend(node: Node, options: object, args: argparse.Namespace) -> None:
         reporter.end_line()
     except (DiskwrightError, OSError) as error:
         text = message_of(error)
-        raise Failure("\n".join([text, *([_HINTS[text]] if text in _HINTS else [])])) from error
+        raise Failure("\n".join([text, *([_HINTS[text].format(program())] if text in _HINTS else [])])) from error
 
 
 def _driver(format: str) -> type[Any]:
@@ -118,7 +119,7 @@ def _typed(format: str, given: Mapping[str, str]) -> object:
 
 
 def _describe(format: str) -> str:
-    from diskwright.cli.create import option_lines
+    from diskwright.cli.commands.create import option_lines
     from diskwright.core.options import describe
 
     rows = {info.name: info for info in describe(_driver(format).amend_options)}

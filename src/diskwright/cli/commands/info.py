@@ -97,7 +97,7 @@ class ImageFacts:
         if backing is not None and backing.format is not None:
             rows["backing-filename-format"] = backing.format
         if self.snapshots:
-            from diskwright.cli.snapshot import as_json
+            from diskwright.cli.commands.snapshot import as_json
 
             rows["snapshots"] = [as_json(snapshot) for snapshot in self.snapshots]
         rows["virtual-size"] = self.size
@@ -140,7 +140,7 @@ class ImageFacts:
             if backing.format is not None:
                 lines.append(f"backing file format: {backing.format}")
         if self.snapshots:
-            from diskwright.cli.snapshot import listing
+            from diskwright.cli.commands.snapshot import listing
 
             lines += listing(self.snapshots)
         if details.specific is not None:

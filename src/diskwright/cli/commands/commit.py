@@ -7,8 +7,8 @@ import errno
 from typing import TYPE_CHECKING, Final
 
 from diskwright.cli import common
+from diskwright.cli.commands.convert import Interruption
 from diskwright.cli.common import Failure
-from diskwright.cli.convert import Interruption
 from diskwright.cli.progress import Amount, Reporter
 from diskwright.errors import DiskwrightError, message_of
 

@@ -6,7 +6,8 @@ import argparse
 from typing import TYPE_CHECKING, Final
 
 from diskwright.cli import common
-from diskwright.cli.common import PROGRAM, Failure, UsageError
+from diskwright.cli.common import Failure, UsageError
+from diskwright.cli.faces import program
 from diskwright.errors import DiskwrightError, OptionError, message_of
 from diskwright.units import MAX_DISK_SIZE, SECTOR, parse_size
 
@@ -85,7 +86,7 @@ def _check(node: Node, current: int, size: int, args: argparse.Namespace) -> Non
     if size < current and not args.shrink:
         raise Failure(
             "Use the --shrink option to perform a shrink operation.\n"
-            f"{PROGRAM}: warning: Shrinking an image will delete all data beyond the shrunken image's end. "
+            f"{program()}: warning: Shrinking an image will delete all data beyond the shrunken image's end. "
             "Before performing such an operation, make sure there is no important data there."
         )
     if isinstance(node, FormatNode) and type(node.format).resize is Format.resize:
