@@ -16,10 +16,10 @@ from diskwright.engine.lookup import ABSENT, Run, lookup
 from diskwright.engine.zeros import is_zero, zero_runs
 from diskwright.errors import DiskwrightError
 from diskwright.extents import DATA, WINDOW, ZERO, windows
-from diskwright.units import SECTOR, align_down, align_up
+from diskwright.units import SECTOR, MiB, align_down, align_up
 
-MAX_UNIT: Final = CHUNK
-"""The largest cluster of a target that is compressed to; workers have buffers of this size."""
+MAX_UNIT: Final = 2 * MiB
+"""The largest cluster of a target that is compressed to."""
 
 
 class CompressingCopier(Copier):
@@ -193,7 +193,7 @@ class CompressedConversion(Conversion):
         self._reached(start + size)
 
     def _body(self, source: Node, start: int, begin: int, end: int, base: Node | None) -> None:
-        chunk = max(self.unit, align_down(self.rate.limit(CHUNK), self.unit))
+        chunk = max(self.unit, align_down(self.rate.limit(max(CHUNK, self.unit)), self.unit))
         copier = CompressingCopier(
             source,
             self.target,

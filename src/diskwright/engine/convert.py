@@ -93,8 +93,6 @@ class Conversion:
                 raise CopyFailed("write", end, error) from error
 
     def _part(self, source: Node, start: int, offset: int, end: int, base: Node | None) -> None:
-        # At a low rate smaller pieces keep the copy going evenly, and ``stop`` from being waited for.
-        chunk = max(_PAGE, self.rate.limit(CHUNK) // _PAGE * _PAGE)
         copier = Copier(
             source,
             self.target,
@@ -104,6 +102,8 @@ class Conversion:
             base=base,
             offset_in_target=start,
         )
+        # At a low rate smaller pieces keep the copy going evenly, and ``stop`` from being waited for.
+        chunk = max(_PAGE, self.rate.limit(max(CHUNK, copier.unit)) // _PAGE * _PAGE)
         run_plan(
             copier,
             self._ranges(source, offset, end, base, chunk, copier.unit),

@@ -24,11 +24,11 @@ from diskwright.engine.rate import RateLimit
 from diskwright.engine.zeros import SPARSE, WORD, zero_runs
 from diskwright.errors import DiskwrightError
 from diskwright.extents import DATA, WINDOW, ZERO, windows
-from diskwright.units import MiB, align_up, is_power_of_two
+from diskwright.units import KiB, MiB, align_up, is_power_of_two
 
-CHUNK: Final = 2 * MiB
-"""Bytes moved by one read and one write: long enough that a call's cost does not show, and that the kernel takes large
-pages for them; longer ones gain nothing more."""
+CHUNK: Final = 512 * KiB
+"""Bytes moved by one read and one write: long enough that a call's cost does not show. Longer writes make the kernel
+look for huge pages for its cache, which takes several times as long as the copying where memory is scarce."""
 WORKERS: Final = 2
 """Threads of one copy: one reads and looks for zeros while the other writes. More only wait for each other, as a file
 system lets one writer at a time into a file."""
