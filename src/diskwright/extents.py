@@ -7,7 +7,7 @@ only when columns are made: a command that looks at one extent must not pay for 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 if TYPE_CHECKING:
@@ -86,6 +86,14 @@ class Extents:
         else:
             rows_by_column = list(zip(*rows, strict=True))
         return cls(*(np.array(column, dtype) for column, dtype in zip(rows_by_column, _dtypes(), strict=True)))
+
+    @classmethod
+    def join(cls, parts: Sequence[Extents]) -> Extents:
+        """The runs of all parts, which adjoin in their order."""
+        import numpy as np
+
+        columns = zip(*((p.offset, p.length, p.kind, p.file_offset, p.child, p.stored) for p in parts), strict=True)
+        return parts[0] if len(parts) == 1 else cls(*(np.concatenate(column) for column in columns))
 
     def __len__(self) -> int:
         return len(self.offset)

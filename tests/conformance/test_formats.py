@@ -132,3 +132,15 @@ class TestLuks(FormatConformance):
 class TestLuksEssiv(TestLuks):
     create_options = {**TestLuks.create_options, "cipher-mode": "cbc", "ivgen-alg": "essiv", "cipher-alg": "aes-256"}
     model_examples = 5
+
+
+class TestVdi(FormatConformance):
+    format_name = "vdi"
+    can_check = False
+    can_grow = False
+    model_examples = 15
+
+
+class TestVdiStatic(TestVdi):
+    create_options = {"static": True}
+    sparse = False

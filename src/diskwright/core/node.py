@@ -573,9 +573,15 @@ class FormatNode(Node):
         return None
 
     def _zero_ragged(self, offset: int, length: int, unmap: bool, fast: bool) -> None:
-        """Zeros what the map cannot: parts of clusters."""
-        if self._reads_zero(offset, length):
-            return
+        """Zeros what the map cannot: parts of clusters, and clusters that keep their place."""
+        end = offset + length
+        while offset < end:
+            run = self.format.extent_at(offset, end - offset)
+            if not self._reads_zero(offset, run.length):
+                self._zero_run(offset, run.length, unmap, fast)
+            offset = run.end
+
+    def _zero_run(self, offset: int, length: int, unmap: bool, fast: bool) -> None:
         place = self.format.in_place(offset, length)
         if place >= 0:
             child = self.format.children[self.format.data_child]

@@ -22,6 +22,9 @@ from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Literal
 
+from diskwright.errors import CorruptImage
+from diskwright.units import SECTOR
+
 if TYPE_CHECKING:
     from diskwright.core.node import Node
 
@@ -56,10 +59,14 @@ class SliceCache:
         items: int,
         byteorder: Literal["big", "little"],
         budget: int,
+        total: int | None = None,
     ) -> None:
-        self._file, self._locate, self._typecode = file, locate, typecode
-        self._swap = byteorder != sys.byteorder and typecode != "B"
-        self.items = items
+        """``total``: how many items there are in all slices together, when the last slice is shorter than ``items``;
+        nothing behind its end is read or written then."""
+        self._file, self._locate, self.typecode = file, locate, typecode
+        self.swapped = byteorder != sys.byteorder and typecode != "B"
+        """Whether items lie in the file in the other byte order."""
+        self.items, self._total = items, total
         self.slice_bytes = items * array(typecode).itemsize
         self._blocks = -(-self.slice_bytes // BLOCK)
         self._block_items = items // self._blocks
@@ -101,7 +108,7 @@ class SliceCache:
                 return None
             self._loading.add(number)
         try:
-            items = self._read(offset)
+            items = self._read(number, offset)
         except BaseException:
             with self._guard:
                 self._loading.discard(number)
@@ -119,15 +126,16 @@ class SliceCache:
         items = self.young.get(number)
         return self._old.get(number) if items is None else items
 
-    def _read(self, offset: int) -> array[int]:
-        items = self._blank()
+    def _read(self, number: int, offset: int) -> array[int]:
+        items = self._blank(number)
         self._file.readv([(offset, memoryview(items).cast("B"))])
-        if self._swap:
+        if self.swapped:
             items.byteswap()
         return items
 
-    def _blank(self) -> array[int]:
-        return array(self._typecode, bytes(self.slice_bytes))
+    def _blank(self, number: int) -> array[int]:
+        missing = 0 if self._total is None else max(0, (number + 1) * self.items - self._total)
+        return array(self.typecode, bytes(self.slice_bytes - missing * (self.slice_bytes // self.items)))
 
     def _admit(self, number: int, items: array[int]) -> None:
         """Puts a slice into the young generation. Under the guard.
@@ -173,7 +181,7 @@ class SliceCache:
 
     def put(self, number: int) -> array[int]:
         """A new slice of zeros, all of it changed. There must be none of that number."""
-        items = self._blank()
+        items = self._blank(number)
         with self._guard:
             self._changed[number] = (1 << self._blocks) - 1
             self._admit(number, items)
@@ -245,10 +253,11 @@ class SliceCache:
             low = (mask & -mask).bit_length() - 1
             run = mask >> low
             count = (~run & (run + 1)).bit_length() - 1
-            part = items[low * per : (low + count) * per]
-            if self._swap:
+            part = items[low * per : (low + count) * per]  # of a shorter slice, less
+            if self.swapped:
                 part.byteswap()
-            pieces.append((offset + low * bytes_per, memoryview(part).cast("B")))
+            if part:
+                pieces.append((offset + low * bytes_per, memoryview(part).cast("B")))
             mask &= ~(((1 << count) - 1) << low)
 
     def settle(self) -> None:
@@ -304,6 +313,67 @@ class Generations:
     def clear(self) -> None:
         self.young.clear()
         self._old.clear()
+
+
+class Directory:
+    """A table of tables that is wholly in memory: where each table of a second level lies. What has changed is written
+    in whole sectors. The user serialises changes."""
+
+    def __init__(
+        self,
+        file: Node,
+        field: str,
+        offset: int,
+        count: int,
+        *,
+        typecode: Literal["I", "Q"],
+        byteorder: Literal["big", "little"],
+    ) -> None:
+        """Reads ``count`` entries at ``offset``, which the caller has checked against a limit. ``field`` is the name
+        the specification gives the table's offset. Raises CorruptImage when the file ends before they do."""
+        self.offset, self.entries = offset, array(typecode, bytes(count * array(typecode).itemsize))
+        self._swap = byteorder != sys.byteorder
+        self._changed: set[int] = set()
+        self._writing: set[int] = set()
+        self._per_sector = SECTOR // self.entries.itemsize
+        size = count * self.entries.itemsize
+        if size and offset + size > file.size:
+            raise CorruptImage(
+                file.filename, field, f"{offset:#x}", None,
+                f"a table of {size} bytes there reaches beyond the end of the file ({file.size} bytes)",
+            )  # fmt: skip
+        if size:
+            file.readv([(offset, memoryview(self.entries).cast("B"))])
+            if self._swap:
+                self.entries.byteswap()
+
+    def set(self, index: int, value: int) -> None:
+        self.entries[index] = value
+        self._changed.add(index // self._per_sector)
+
+    @property
+    def changed(self) -> bool:
+        return bool(self._changed)
+
+    def capture(self) -> list[Piece]:
+        """Copies of the changed sectors; they count as being written until ``settle`` or ``restore`` is called."""
+        self._writing, self._changed = self._changed, set()
+        return [self._sector(number) for number in sorted(self._writing)]
+
+    def _sector(self, number: int) -> Piece:
+        part = self.entries[number * self._per_sector : (number + 1) * self._per_sector]
+        if self._swap:
+            part.byteswap()
+        return self.offset + number * SECTOR, memoryview(part).cast("B")
+
+    def settle(self) -> None:
+        """What was captured is in the file."""
+        self._writing = set()
+
+    def restore(self) -> None:
+        """Writing what was captured failed; it counts as changed again."""
+        self._changed |= self._writing
+        self._writing = set()
 
 
 def _file_offset(piece: Piece) -> int:
