@@ -349,6 +349,9 @@ class Format(ABC):
     cluster_size: int
     """Allocation unit in bytes; 1 where there is none."""
     backing: BackingHint | None = None
+    holes: str = "never"
+    """Whether the map may name data where the file has a hole, so that it is worth looking: ``never``, ``always``, or
+    ``if many`` (when the file takes much less space than it is long)."""
     compresses: bool = False
     """Whether clusters can be written compressed: ``encode`` and ``reserve_stored`` are there."""
     bitmap_store: BitmapStore | None = None

@@ -7,13 +7,10 @@ and straight-line formats (raw) into their files, whose holes read as zeros.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from diskwright.core.node import FormatNode, Node, StorageNode, below_filters
 from diskwright.extents import DATA, SPECIAL, UNALLOCATED, ZERO, Extent
-
-_PREALLOCATING: Final = ("qcow2",)
-"""Formats whose data clusters may be holes of the file: taken in advance, and not written since."""
 
 
 class Status(NamedTuple):
@@ -86,7 +83,9 @@ def _below(node: Node, run: Extent, depth: int, base: Node | None) -> Iterator[S
     offset, length, place = run.offset, run.length, run.file_offset
     backing = node.backing and below_filters(node.backing)
     if backing is None or backing is base:
-        yield Status(offset, length, True, False, False, depth, node, place)
+        # Where there are no backing files at all, what is not there is said to be zeros by the image itself.
+        present = isinstance(node, FormatNode) and not node.format.has_backing
+        yield Status(offset, length, True, False, present, depth, node, place)
         return
     inside = max(0, min(length, backing.size - offset))
     if inside:
@@ -114,11 +113,11 @@ def _holes(node: FormatNode, offset: int, length: int, depth: int) -> Iterator[S
 
 
 def may_have_holes(node: Node) -> bool:
-    """Whether a format's file is worth looking at for holes where the map names data. An image whose clusters were
-    taken in advance has a file of which much is holes; elsewhere it would take time and find next to nothing. The
-    rule is qemu-img's, so that both tell the same."""
-    if not isinstance(node, FormatNode) or node.driver_name not in _PREALLOCATING:
-        return False
+    """Whether a format's file is worth looking at for holes where the map names data, see ``Format.holes``. An image
+    whose clusters were taken in advance has a file of which much is holes; elsewhere it would take time and find next
+    to nothing. The rule is qemu-img's, so that both tell the same."""
+    if not isinstance(node, FormatNode) or node.format.holes != "if many":
+        return isinstance(node, FormatNode) and node.format.holes == "always"
     image = node.format.children[0]
     if not isinstance(image, StorageNode):
         return False

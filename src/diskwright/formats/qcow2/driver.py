@@ -57,6 +57,7 @@ class Qcow2(Format, Snapshots):
     create_options = Qcow2CreateOptions
     amend_options = Qcow2AmendOptions
     has_backing = True
+    holes = "if many"
     compresses = True
     suffixes = (".qcow2", ".qcow")
     roles = (DATA_FILE_ROLE,)

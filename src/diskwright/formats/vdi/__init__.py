@@ -1,0 +1,5 @@
+"""vdi: VirtualBox's disk image."""
+
+from diskwright.formats.vdi.driver import DRIVERS
+
+__all__ = ["DRIVERS"]
