@@ -1,0 +1,134 @@
+"""``diskwright io`` beside ``qemu-io``: what it prints, how it exits and what the image then holds."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli import io_commands
+from tests.cli.run import Result, diskwright, environment, make, needs_qemu, needs_same_texts
+
+pytestmark = [needs_qemu, needs_same_texts]
+
+TIMEOUT = 60
+
+IMAGES = {
+    "raw": ["qemu-img create -q -f raw image 1M", "qemu-io -f raw -c write~-P~0x41~0~1M image"],
+    "raw-odd": ["qemu-img create -q -f raw image 1000448", "qemu-io -f raw -c write~-P~0x41~0~900k image",
+                "truncate -s 1000001 image"],
+    "qcow2": ["qemu-img create -q -f qcow2 image 1M", "qemu-io -f qcow2 -c write~64k~128k -c write~-z~512k~64k image"],
+    "qcow2-v2": ["qemu-img create -q -f qcow2 -o compat=0.10 image 1M",
+                 "qemu-io -f qcow2 -c write~64k~128k image"],
+    "qcow2-subclusters": ["qemu-img create -q -f qcow2 -o extended_l2=on image 1M",
+                          "qemu-io -f qcow2 -c write~64k~128k -c write~-z~512k~64k image"],
+    "qcow2-overlay": ["qemu-img create -q -f raw base 1M", "qemu-io -f raw -c write~-P~0x41~0~1M base",
+                      "qemu-img create -q -f qcow2 -b base -F raw image 2M", "qemu-io -f qcow2 -c write~64k~64k image"],
+}  # fmt: skip
+
+CHANGING = ("write", "w ", "discard", "d ", "truncate", "t ", "aio_write")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each kind of image in a folder of its own, with what it needs."""
+    folders = {}
+    for name, commands in IMAGES.items():
+        folders[name] = tmp_path_factory.mktemp(name)
+        make(folders[name], *commands)
+        (folders[name] / "pattern").write_bytes(b"abc")
+    return folders
+
+
+@pytest.fixture
+def places(images: dict[str, Path], request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
+    """Two copies of an image's folder."""
+    source = images[request.param]
+    for name in ("theirs", "ours"):
+        shutil.copytree(source, tmp_path / name)
+    return tmp_path / "theirs", tmp_path / "ours"
+
+
+def qemu_io(words: list[str], cwd: Path, stdin: str | None = None) -> Result:
+    return external(["qemu-io", *words], "qemu-io", cwd, stdin)
+
+
+def separately(words: list[str], cwd: Path, stdin: str | None = None) -> Result:
+    return external([sys.executable, "-m", "diskwright.cli.main", "io", *words], "diskwright", cwd, stdin)
+
+
+def external(command: list[str], program: str, cwd: Path, stdin: str | None) -> Result:
+    done = subprocess.run(
+        command, cwd=cwd, env=environment(), capture_output=True, input=(stdin or "").encode(), timeout=TIMEOUT,
+        check=False,
+    )  # fmt: skip
+    return normal(Result(done.returncode, done.stdout.decode(), done.stderr.decode()), program)
+
+
+def normal(result: Result, program: str) -> Result:
+    """Without what differs from one run to the next, and with the program's name and its help made one."""
+    out = re.sub(r"^(\S+ \w+, 1 ops; )(00\.\d\d sec|\d+:\d\d:\d\d\.\d\d) \((0|\d+\.\d+|\d+) (bytes|[KMGTPE]iB)/sec and "
+                 r"\d+\.\d{4} ops/sec\)$", r"\1TIME", result.out, flags=re.M)  # fmt: skip
+    out = re.sub(r"^(\d+,1),\d+:\d\d:\d\d\.\d\d,\d+\.\d{3},\d+\.\d{3}$", r"\1,TIME", out, flags=re.M)
+    out = out.replace(f"{program}> ", "PROGRAM> ")
+    if "Usage: " in out:
+        out = out[: out.index("Usage: ")] + "HELP"
+    if "\n\nUse 'help commandname'" not in out and " -- " in out and "\n\n" in out:
+        out = out[: out.index("\n\n")] + "\nEXPLANATION"
+    err = result.err.replace(f"{program}: ", "PROGRAM: ").replace("PROGRAM: PROGRAM: ", "PROGRAM: ")
+    return Result(result.code, out, err)
+
+
+def in_process(words: list[str], cwd: Path) -> Result:
+    result = diskwright("io", *words, cwd=cwd)
+    return normal(Result(result.code, result.out, result.err), "PROGRAM")
+
+
+def words_of(image: str, line: str) -> list[str]:
+    commands = line.split("@")
+    options = shlex.split(commands.pop(0)[1:]) if line.startswith("%") else []
+    return ["-f", image.partition("-")[0], *options, *(word for each in commands for word in ("-c", each)), "image"]
+
+
+def same_contents(theirs: Path, ours: Path, format: str) -> None:
+    if format == "raw":
+        assert (ours / "image").read_bytes() == (theirs / "image").read_bytes()
+    else:
+        make(ours, "qemu-img check -q -f qcow2 image", f"qemu-img compare -q -s -f qcow2 -F qcow2 image {theirs}/image")
+
+
+CASES = [
+    pytest.param(image, image, line, id=f"{image}: {line}") for image, line in io_commands.cases()
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("places", "image", "line"), CASES, indirect=["places"])
+def test_commands(places: tuple[Path, Path], image: str, line: str) -> None:
+    theirs, ours = places
+    words = words_of(image, line)
+    assert in_process(words, ours) == qemu_io(words, theirs)
+    if any(word in line for word in CHANGING):
+        same_contents(theirs, ours, image.partition("-")[0])
+
+
+@pytest.mark.parametrize("places", ["raw"], indirect=True)
+@pytest.mark.parametrize("line", io_commands.whole())
+def test_command_lines(places: tuple[Path, Path], line: str) -> None:
+    theirs, ours = places
+    words = shlex.split(line.replace("\0", "\n").replace('"', '\\"'))
+    assert separately(words, ours) == qemu_io(words, theirs)
+    same_contents(theirs, ours, "raw")
+
+
+@pytest.mark.parametrize("places", ["raw"], indirect=True)
+@pytest.mark.parametrize("script", io_commands.SCRIPTS)
+def test_scripts(places: tuple[Path, Path], script: str) -> None:
+    theirs, ours = places
+    words = ["-f", "raw", "image"]
+    assert separately(words, ours, script) == qemu_io(words, theirs, script)
+    same_contents(theirs, ours, "raw")
