@@ -102,9 +102,7 @@ def same_contents(theirs: Path, ours: Path, format: str) -> None:
         make(ours, "qemu-img check -q -f qcow2 image", f"qemu-img compare -q -s -f qcow2 -F qcow2 image {theirs}/image")
 
 
-CASES = [
-    pytest.param(image, image, line, id=f"{image}: {line}") for image, line in io_commands.cases()
-]  # fmt: skip
+CASES = [pytest.param(image, image, line, id=f"{image}: {line}") for image, line in io_commands.cases()]
 
 
 @pytest.mark.parametrize(("places", "image", "line"), CASES, indirect=["places"])
@@ -132,3 +130,52 @@ def test_scripts(places: tuple[Path, Path], script: str) -> None:
     words = ["-f", "raw", "image"]
     assert separately(words, ours, script) == qemu_io(words, theirs, script)
     same_contents(theirs, ours, "raw")
+
+
+# -- where the two differ, and are meant to ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("places", ["qcow2-v2"], indirect=True)
+@pytest.mark.parametrize("line", io_commands.NOT_VERSION_2)
+def test_zeros_in_version_2(places: tuple[Path, Path], line: str) -> None:
+    theirs, ours = places
+    words = words_of("qcow2", line)
+    assert in_process(words, ours).code == 0
+    qemu_io([word.replace("-zn", "-z") for word in words], theirs)
+    make(ours, "qemu-img check -q image", f"qemu-img compare -q image {theirs}/image")
+
+
+@pytest.mark.parametrize("places", ["raw"], indirect=True)
+def test_a_guessed_format(places: tuple[Path, Path]) -> None:
+    """A guessed raw disk is not made to look like another format; both say that it was guessed, in their own words."""
+    theirs, ours = places
+    (ours / "magic").write_bytes(b"QFI\xfb\0\0\0\3")
+    for words, failed in ((["-c", "write -s magic 0 8"], True), (["-c", "write 64k 64k", "-c", "read 0 1M"], False)):
+        done = diskwright("io", *words, "image", cwd=ours)
+        assert done.code == failed and "guessed to be raw" in done.err
+    assert "guessed raw" in qemu_io(["-c", "length", "image"], theirs).err
+    assert (ours / "image").read_bytes()[:8] == b"A" * 8
+
+
+@pytest.mark.parametrize("places", ["raw"], indirect=True)
+def test_another_format_than_stated(places: tuple[Path, Path]) -> None:
+    theirs, ours = places
+    words = ["-f", "qcow2", "-c", "length", "image"]
+    mine, its = in_process(words, ours), qemu_io(words, theirs)
+    assert (mine.code, mine.out) == (its.code, its.out) == (1, "")
+    assert "can't open device image: " in mine.err and "can't open device image: " in its.err
+
+
+@pytest.mark.parametrize("places", ["qcow2"], indirect=True)
+def test_compressed_over_what_is_there(places: tuple[Path, Path]) -> None:
+    """qemu-io refuses that."""
+    words = words_of("qcow2", "write -c -P 5 64k 64k@read -P 5 64k 64k@read -P 0xcd 128k 64k")
+    assert in_process(words, places[1]).code == 0
+    make(places[1], "qemu-img check -q image", "qemu-io -r -c read~-P~5~64k~64k image")
+
+
+@pytest.mark.parametrize("places", ["qcow2"], indirect=True)
+def test_waiting_where_nothing_can_be_suspended(places: tuple[Path, Path]) -> None:
+    """qemu-io waits for ever."""
+    done = in_process(words_of("qcow2", "wait_break A"), places[1])
+    assert done == Result(1, "Could not wait for request: Operation not supported\n", "")

@@ -94,12 +94,21 @@ def _take(found: Arguments, option: str, value: str) -> None:
         found.commands.append(value)
     elif option == "f":
         found.opening.format = value
+    elif option == "T":
+        _warn_of_trace(value)
     elif option == "object":
         found.objects.append(value)
     elif option == "image-opts":
         found.image_opts = True
     else:
         found.opening.take(option, value)
+
+
+def _warn_of_trace(value: str) -> None:
+    """There is nothing here that can be traced."""
+    pattern = value.partition(",")[0].removeprefix("enable=")
+    if "=" not in pattern and "*" not in pattern:
+        print(f"{program()}: warning: trace event '{pattern}' does not exist", file=sys.stderr)
 
 
 def _show_help() -> None:

@@ -178,6 +178,7 @@ def sigraise(session: Session, words: list[str]) -> None:
 
 
 def abort(session: Session, words: list[str]) -> None:
+    sys.stdout.flush()
     os.abort()
 
 

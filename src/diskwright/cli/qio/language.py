@@ -13,6 +13,9 @@ MAX_REQUEST: Final = (1 << 31) - 512
 
 _MAX: Final = (1 << 63) - 1
 
+_AFTER_HEX: Final = tuple("kmgtp")
+"""Suffixes that are no hexadecimal digits."""
+
 _UNITS: Final = {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 
 _SIZE: Final = re.compile(
@@ -51,7 +54,7 @@ def size(text: str) -> int:
     rest, digits = match["rest"], match["fraction"] or ""
     if match["hex"]:
         value = int(match["hex"], 16)
-        if rest:
+        if rest[:1].lower() in _AFTER_HEX:
             print(
                 f"{program()}: warning: Using a multiplier suffix on hex numbers is deprecated: {text}", file=sys.stderr
             )

@@ -22,9 +22,6 @@ _DIRECT: Final = ("none", "directsync")
 
 _CACHE_SWITCHES: Final = ("cache.direct", "cache.no-flush", "cache.writeback")
 
-_FIXED: Final = ("driver", "node-name", "force-share", "filename", "cache.writeback", "copy-on-read", "snapshot")
-"""Options of every image that stay as they were given when it was opened."""
-
 _CHANGEABLE: Final = (
     "read-only", "auto-read-only", "discard", "detect-zeroes", "cache", "cache.direct", "cache.no-flush",
     "lazy-refcounts",
@@ -145,6 +142,8 @@ def _open_node(graph: Graph, name: str | None, how: Opening) -> Node:
         from diskwright.core.graph import parse_json
 
         options = {**parse_json(name[5:]), **options}
+    elif name == "":
+        raise OptionError("The 'file' block driver requires a file name")
     elif name is not None:
         if any(key == "file" or key.startswith("file.") for key in options):
             raise OptionError("Can't specify 'file' and 'filename' options at the same time")
@@ -190,12 +189,12 @@ def check_changes(disk: Disk, options: Mapping[str, object]) -> None:
     node = below_filters(disk.node)
     known = {info.name for info in describe(type(node.format).options)} if isinstance(node, FormatNode) else set()
     for key in options:
-        last = key.rpartition(".")[2]
+        key = key.removeprefix("file.")
+        if node.backing is not None:
+            key = key.removeprefix("backing.").removeprefix("file.")
         if key in _CHANGEABLE and (key != "lazy-refcounts" or node.driver_name == "qcow2"):
             continue
-        if key in _FIXED or last == "filename":
-            raise Refused(f"Cannot change the option '{last if last == 'filename' else key}'")
         if key == "backing":
             raise Refused(f"Cannot find device='' nor node-name='{options[key]}'")
-        if key not in known:
+        if key not in known or key.startswith("snapshot"):
             raise Refused(f"Cannot change the option '{key}'")

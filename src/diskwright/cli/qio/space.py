@@ -102,7 +102,7 @@ def truncate(session: Session, words: list[str]) -> None:
         with session.open_disk.drained():
             session.node.resize(wanted, preallocation=mode)
     except OSError as error:
-        raise Refused(f"Could not resize file: {message_of(error)}") from error
+        raise Refused(f"Could not resize file: {error.strerror or error}") from error
     except (DiskwrightError, ValueError) as error:
         raise Refused(message_of(error)) from error
 

@@ -23,14 +23,15 @@ class Command:
     place: str
     least: int
     most: int
-    words: str
+    words: str | None
     does: str
     writes: bool = False
     needs_disk: bool = True
 
     def usage(self, called: str = "") -> str:
         """One line: what it takes, and what it does."""
-        return f"{called or self.name} {self.words}{' ' if self.words else ''}-- {self.does}"
+        words = "" if self.words is None else f"{self.words} "
+        return f"{called or self.name} {words}-- {self.does}"
 
     def run(self, session: Session, words: list[str]) -> None:
         module, _, function = self.place.partition(".")
@@ -54,8 +55,8 @@ _READS = "reads a number of bytes at a specified offset"
 _WRITES = "writes a number of bytes at a specified offset"
 
 COMMANDS: Final = (
-    Command("abort", "", "control.abort", 0, 0, "", "simulate a program crash using abort(3)", needs_disk=False),
-    Command("aio_flush", "", "transfers.aio_flush", 0, 0, "", "completes all outstanding aio requests"),
+    Command("abort", "", "control.abort", 0, 0, None, "simulate a program crash using abort(3)", needs_disk=False),
+    Command("aio_flush", "", "transfers.aio_flush", 0, 0, None, "completes all outstanding aio requests"),
     Command("aio_read", "", "transfers.aio_read", 2, ANY, "[-Ciqv] [-P pattern] off len [len..]",
             "asynchronously reads a number of bytes"),
     Command("aio_write", "", "transfers.aio_write", 2, ANY, "[-Cfiquz] [-P pattern] off len [len..]",
@@ -63,17 +64,17 @@ COMMANDS: Final = (
     Command("alloc", "a", "space.alloc", 1, 2, "offset [count]", "checks if offset is allocated in the file"),
     Command("break", "", "breakpoints.set_breakpoint", 2, 2, "event tag",
             "sets a breakpoint on event and tags the stopped request as tag"),
-    Command("close", "c", "control.close", 0, 0, "", "close the current open file"),
+    Command("close", "c", "control.close", 0, 0, None, "close the current open file"),
     Command("discard", "d", "transfers.discard", 2, ANY, "[-Cq] off len",
             "discards a number of bytes at a specified offset", writes=True),
-    Command("flush", "f", "control.flush", 0, 0, "", "flush all in-core file state to disk"),
+    Command("flush", "f", "control.flush", 0, 0, None, "flush all in-core file state to disk"),
     Command("help", "?", "help.help_", 0, 1, "[command]", "help for one or all commands", needs_disk=False),
-    Command("info", "i", "control.info", 0, 0, "", "prints information about the current file"),
-    Command("length", "l", "space.length", 0, 0, "", "gets the length of the current file"),
-    Command("map", "", "space.map_", 0, 0, " ", "prints the allocated areas of a file"),
+    Command("info", "i", "control.info", 0, 0, None, "prints information about the current file"),
+    Command("length", "l", "space.length", 0, 0, None, "gets the length of the current file"),
+    Command("map", "", "space.map_", 0, 0, "", "prints the allocated areas of a file"),
     Command("open", "o", "control.open_", 1, ANY, "[-rsCnkU] [-t cache] [-d discard] [-o options] [path]",
             "open the file specified by path", needs_disk=False),
-    Command("quit", "q", "control.quit_", 0, ANY, "", "exit the program", needs_disk=False),
+    Command("quit", "q", "control.quit_", 0, ANY, None, "exit the program", needs_disk=False),
     Command("read", "r", "transfers.read", 2, ANY, "[-abCqv] [-P pattern [-s off] [-l len]] off len", _READS),
     Command("readv", "", "transfers.readv", 2, ANY, "[-Cqv] [-P pattern] off len [len..]", _READS),
     Command("remove_break", "", "breakpoints.remove_breakpoint", 1, 1, "tag", "remove a breakpoint by tag"),
@@ -81,7 +82,7 @@ COMMANDS: Final = (
             "reopens an image with new options"),
     Command("resume", "", "breakpoints.resume", 1, 1, "tag", "resumes the request tagged as tag"),
     Command("sigraise", "", "control.sigraise", 1, 1, "signal", "raises a signal", needs_disk=False),
-    Command("sleep", "", "control.sleep", 1, 1, "", "waits for the given value in milliseconds", needs_disk=False),
+    Command("sleep", "", "control.sleep", 1, 1, None, "waits for the given value in milliseconds", needs_disk=False),
     Command("truncate", "t", "space.truncate", 1, 3, "[-m prealloc_mode] off",
             "truncates the current file at the given offset", writes=True),
     Command("wait_break", "", "breakpoints.wait_break", 1, 1, "tag", "waits for the suspension of a request"),
