@@ -640,6 +640,8 @@ alloc 0.001k
 alloc 1.01k
 alloc 2.7M
 alloc 1.3G
+alloc 0x400200
+alloc 1073741825
 read 0.1k 1.1k
 write -z 0x1k 0.3k
 """

@@ -78,12 +78,11 @@ def execute(session: Session, line: str) -> bool:
     if not words:
         return True
     name, rest = words[0], words[1:]
-    session.deliver()
+    command = table.find(name)
     try:
-        _dispatch(session, name, rest)
+        _dispatch(session, command, name, rest)
     except CommandError as problem:
         if isinstance(problem, Misuse):
-            command = table.find(name)
             assert command is not None, "only commands can be misused"
             print(command.usage())
         elif isinstance(problem, Refused):
@@ -92,13 +91,13 @@ def execute(session: Session, line: str) -> bool:
             print(problem.message)
         return False
     finally:
-        session.deliver()
+        if command is not None and not command.quick:
+            session.deliver()
     return True
 
 
-def _dispatch(session: Session, name: str, words: list[str]) -> None:
+def _dispatch(session: Session, command: table.Command | None, name: str, words: list[str]) -> None:
     """Raises CommandError, having said what it does not carry."""
-    command = table.find(name)
     if command is None:
         _say(f'command "{name}" not found')
         raise CommandError()

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Final
 
-from diskwright.cli.qio.language import CommandError
 from diskwright.cli.qio.session import Session
 
 ANY: Final = -1
@@ -27,6 +26,8 @@ class Command:
     does: str
     writes: bool = False
     needs_disk: bool = True
+    quick: bool = False
+    """It waits for nothing, so nothing is told after it of requests in the background that have ended."""
 
     def usage(self, called: str = "") -> str:
         """One line: what it takes, and what it does."""
@@ -58,29 +59,29 @@ COMMANDS: Final = (
     Command("abort", "", "control.abort", 0, 0, None, "simulate a program crash using abort(3)", needs_disk=False),
     Command("aio_flush", "", "transfers.aio_flush", 0, 0, None, "completes all outstanding aio requests"),
     Command("aio_read", "", "transfers.aio_read", 2, ANY, "[-Ciqv] [-P pattern] off len [len..]",
-            "asynchronously reads a number of bytes"),
+            "asynchronously reads a number of bytes", quick=True),
     Command("aio_write", "", "transfers.aio_write", 2, ANY, "[-Cfiquz] [-P pattern] off len [len..]",
-            "asynchronously writes a number of bytes", writes=True),
+            "asynchronously writes a number of bytes", writes=True, quick=True),
     Command("alloc", "a", "space.alloc", 1, 2, "offset [count]", "checks if offset is allocated in the file"),
     Command("break", "", "breakpoints.set_breakpoint", 2, 2, "event tag",
-            "sets a breakpoint on event and tags the stopped request as tag"),
+            "sets a breakpoint on event and tags the stopped request as tag", quick=True),
     Command("close", "c", "control.close", 0, 0, None, "close the current open file"),
     Command("discard", "d", "transfers.discard", 2, ANY, "[-Cq] off len",
             "discards a number of bytes at a specified offset", writes=True),
     Command("flush", "f", "control.flush", 0, 0, None, "flush all in-core file state to disk"),
-    Command("help", "?", "help.help_", 0, 1, "[command]", "help for one or all commands", needs_disk=False),
-    Command("info", "i", "control.info", 0, 0, None, "prints information about the current file"),
-    Command("length", "l", "space.length", 0, 0, None, "gets the length of the current file"),
+    Command("help", "?", "help.help_", 0, 1, "[command]", "help for one or all commands", needs_disk=False, quick=True),
+    Command("info", "i", "control.info", 0, 0, None, "prints information about the current file", quick=True),
+    Command("length", "l", "space.length", 0, 0, None, "gets the length of the current file", quick=True),
     Command("map", "", "space.map_", 0, 0, "", "prints the allocated areas of a file"),
     Command("open", "o", "control.open_", 1, ANY, "[-rsCnkU] [-t cache] [-d discard] [-o options] [path]",
             "open the file specified by path", needs_disk=False),
-    Command("quit", "q", "control.quit_", 0, ANY, None, "exit the program", needs_disk=False),
+    Command("quit", "q", "control.quit_", 0, ANY, None, "exit the program", needs_disk=False, quick=True),
     Command("read", "r", "transfers.read", 2, ANY, "[-abCqv] [-P pattern [-s off] [-l len]] off len", _READS),
     Command("readv", "", "transfers.readv", 2, ANY, "[-Cqv] [-P pattern] off len [len..]", _READS),
-    Command("remove_break", "", "breakpoints.remove_breakpoint", 1, 1, "tag", "remove a breakpoint by tag"),
+    Command("remove_break", "", "breakpoints.remove_breakpoint", 1, 1, "tag", "remove a breakpoint by tag", quick=True),
     Command("reopen", "", "control.reopen", 0, ANY, "[(-r|-w)] [-c cache] [-o options]",
             "reopens an image with new options"),
-    Command("resume", "", "breakpoints.resume", 1, 1, "tag", "resumes the request tagged as tag"),
+    Command("resume", "", "breakpoints.resume", 1, 1, "tag", "resumes the request tagged as tag", quick=True),
     Command("sigraise", "", "control.sigraise", 1, 1, "signal", "raises a signal", needs_disk=False),
     Command("sleep", "", "control.sleep", 1, 1, None, "waits for the given value in milliseconds", needs_disk=False),
     Command("truncate", "t", "space.truncate", 1, 3, "[-m prealloc_mode] off",
@@ -96,7 +97,3 @@ _BY_NAME: Final = {name: command for command in COMMANDS for name in (command.na
 
 def find(name: str) -> Command | None:
     return _BY_NAME.get(name)
-
-
-class Unknown(CommandError):
-    """There is no command of that name."""
