@@ -202,6 +202,7 @@ def _with_vm_state(node: Node) -> tuple[FormatNode, Snapshots]:
     from diskwright.core.node import FormatNode, below_filters
 
     image = below_filters(node)
-    if not isinstance(image, FormatNode) or not isinstance(image.format, Snapshots):
+    # Where guest data lies in another file than its map, that file is a disk's and nothing else.
+    if not isinstance(image, FormatNode) or not isinstance(image.format, Snapshots) or image.format.data_child:
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
     return image, image.format

@@ -90,6 +90,11 @@ def execute(session: Session, line: str) -> bool:
         elif problem.message:
             print(problem.message)
         return False
+    except BrokenPipeError:
+        raise
+    except (DiskwrightError, OSError, MemoryError) as error:
+        explain(error)
+        return False
     finally:
         if command is not None and not command.quick:
             session.deliver()

@@ -191,10 +191,15 @@ def attempt(what: str, action: Callable[[], None]) -> None:
 
 
 def failure(what: str, error: BaseException) -> CommandError:
-    """``what failed: why``, in the kernel's words; more about it, where there is more, goes to standard error."""
+    """``what failed: why``."""
+    return CommandError(f"{what} failed: {reason(error)}")
+
+
+def reason(error: BaseException) -> str:
+    """Why, in the kernel's words; more about it, where there is more, goes to standard error."""
     if not isinstance(error, OSError):
         explain(error)
-    return CommandError(f"{what} failed: {os.strerror(errno_of(error))}")
+    return os.strerror(errno_of(error))
 
 
 def explain(error: BaseException) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from diskwright.cli.qio.getopt import Options
 from diskwright.cli.qio.language import Misuse, Refused, amount, size
-from diskwright.cli.qio.session import Session
+from diskwright.cli.qio.session import Session, attempt, reason
 from diskwright.errors import DiskwrightError, message_of
 from diskwright.extents import UNALLOCATED, windows
 
@@ -27,17 +27,24 @@ def alloc(session: Session, words: list[str]) -> None:
     length = size(words[1]) if len(words) > 1 else _SECTOR
     length = max(0, min(length, session.size - start))
     held = 0
-    with session.open_disk.request():
-        for _, run, allocated in _runs(session, start, length):
-            held += run if allocated else 0
+
+    def look() -> None:
+        nonlocal held
+        with session.open_disk.request():
+            held = sum(run for _, run, allocated in _runs(session, start, length) if allocated)
+
+    attempt("is_allocated", look)
     print(f"{held}/{length} bytes allocated at offset {amount(start)}")
 
 
 def map_(session: Session, words: list[str]) -> None:
-    with session.open_disk.request():
-        for start, length, allocated in _runs(session, 0, session.size):
-            what = "    allocated" if allocated else "not allocated"
-            print(f"{amount(length)} ({length:#x}) bytes {what} at offset {amount(start)} ({start:#x})")
+    try:
+        with session.open_disk.request():
+            for start, length, allocated in _runs(session, 0, session.size):
+                what = "    allocated" if allocated else "not allocated"
+                print(f"{amount(length)} ({length:#x}) bytes {what} at offset {amount(start)} ({start:#x})")
+    except (DiskwrightError, OSError) as error:
+        raise Refused(f"Failed to get allocation status: {reason(error)}") from error
 
 
 def _runs(session: Session, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, BinaryIO, Final
 
-from diskwright.core.driver import not_supported
 from diskwright.errors import CorruptImage, ImageError, LimitExceeded
 from diskwright.extents import DATA, SPECIAL
 from diskwright.formats.qcow2.layout import MAX_L1_BYTES
@@ -97,8 +96,6 @@ def load(image: Qcow2, info: SnapshotInfo, into: BinaryIO) -> int:
 
 def span(image: Qcow2) -> tuple[int, int]:
     """See ``Snapshots.vm_state_range``."""
-    if image.header.data_file is not None:
-        raise not_supported("A machine's state in an image with an external data file")
     g = image.header.geometry
     shift = g.cluster_bits + g.l2_bits
     return g.l1_entries(image.header.size) << shift, len(image.mapping.l1) << shift
