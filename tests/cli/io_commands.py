@@ -901,7 +901,6 @@ json:{"driver":"raw","file":{"driver":"file","filename":"image"}} -c length
 -c 'read 0 4k
 length' -f raw image
 -c 'alloc 0	512' -f raw image
--f raw -C image -c length
 -T foo -f raw image -c length
 -m -k -n -f raw image -c length
 """
@@ -927,6 +926,19 @@ SCRIPTS = (
 )
 """Standard input."""
 
+COPYING_ON_READ = """
+%-C@read 512k 4k@map
+%-C@read 600k 200k@map@alloc 0 1M
+%-C@read -v 1M 16@map
+%-C@read -P 0x41 0 64k@map@read -P 0x41 0 64k
+%-C@aio_read 960k 4k@aio_flush@map
+%-C@write 1100k 4k@map
+%-C@read 64k 64k@map
+%-C@readv 0 1k 1k@map
+%-C@length
+%-C@info
+"""
+
 NOT_VERSION_2 = (
     "write -z 64k 64k@map@read -P 0 64k 64k@read -P 0xcd 128k 64k",
     "write -zu 64k 64k@map",
@@ -943,7 +955,7 @@ ON_IMAGES = {
     "qcow2": (ON_QCOW2, COMPRESSING, MACHINE_STATE),
     "qcow2-v2": (ON_QCOW2, COMPRESSING, MACHINE_STATE),
     "qcow2-subclusters": (ON_QCOW2, COMPRESSING, MACHINE_STATE),
-    "qcow2-overlay": (ON_OVERLAY,),
+    "qcow2-overlay": (ON_OVERLAY, COPYING_ON_READ),
 }
 
 

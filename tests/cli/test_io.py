@@ -235,6 +235,22 @@ def test_every_command_is_there_and_explained(command: table.Command, capsys: py
     session.end()
 
 
+def test_numbers_of_any_length(image: Path) -> None:
+    long = "9" * 5000
+    for words in (f"read 0 {long}", f"read 0x{long} 1", f"read -P {long} 0 1", f"sleep {long}", f"read 0.{long}k 1"):
+        done = diskwright("io", "-f", "raw", "-c", words, str(image), cwd=image.parent)
+        assert (done.code, done.err) == (1, ""), words
+
+
+def test_the_largest_requests(tmp_path: Path) -> None:
+    """Of two gigabytes less a sector."""
+    most = 2147483136
+    disk = '{"driver": "null-co", "size": "4G", "read-zeroes": "on"}'.replace(" ", "")
+    words = ["-c", "read -P 0 1G 99M", "-c", f"write -z 0 {most}", "-c", "write -zn 0 4G", "-c", f"discard 0 {most}"]
+    done = diskwright("io", *words, f"json:{disk}", cwd=tmp_path)
+    assert done.code == 0 and done.out.count(f"{most}/{most}") == 2, done
+
+
 def test_reopening_what_is_only_in_memory(capsys: pytest.CaptureFixture[str], image: Path) -> None:
     for words in (["memory:1M"], ["-s", str(image)]):
         lines = ["-c", "write -P 7 0 4k", "-c", "reopen -r", "-c", "read -P 7 0 4k"]

@@ -17,6 +17,12 @@ from diskwright.errors import DiskwrightError
 
 _IN_MEMORY: Final = "memory"
 
+_GLANCE: Final = 0.01
+"""Seconds between two looks whether a request in the background has ended."""
+
+_LONGEST_SLEEP: Final = 3600.0
+"""Seconds: the system does not take any number of them at once."""
+
 _GUARD: Final = "probe_guard"
 """The one filter that is there without having been asked for."""
 
@@ -157,10 +163,10 @@ def sleep(session: Session, words: list[str]) -> None:
     milliseconds = number(words[0])
     if milliseconds is None:
         raise CommandError(f"{words[0]} is not a valid number")
-    end = time.monotonic() + milliseconds / 1000
-    while (left := end - time.monotonic()) > 0:
+    start = time.monotonic()
+    while (left := milliseconds / 1000 - (time.monotonic() - start)) > 0:
         session.deliver()
-        time.sleep(min(left, 0.01) if session.busy else left)
+        time.sleep(min(left, _GLANCE if session.busy else _LONGEST_SLEEP))
     session.deliver()
 
 

@@ -13,6 +13,9 @@ MAX_REQUEST: Final = (1 << 31) - 512
 
 _MAX: Final = (1 << 63) - 1
 
+_LONGEST: Final = 100
+"""Digits of a number that are looked at: no sensible one has as many."""
+
 _AFTER_HEX: Final = tuple("kmgtp")
 """Suffixes that are no hexadecimal digits."""
 
@@ -51,6 +54,8 @@ def size(text: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None:
         raise _not_numeric(text)
+    if len(text) > _LONGEST:
+        raise _too_large(text)
     rest, digits = match["rest"], match["fraction"] or ""
     if match["hex"]:
         value = int(match["hex"], 16)
@@ -68,8 +73,12 @@ def size(text: str) -> int:
         raise _not_numeric(text)
     value = value * unit + int(fraction * unit + 0.5)
     if value > _MAX:
-        raise CommandError(f"Parsing error: argument too large -- {text}")
+        raise _too_large(text)
     return value
+
+
+def _too_large(text: str) -> CommandError:
+    return CommandError(f"Parsing error: argument too large -- {text}")
 
 
 def _not_numeric(text: str) -> CommandError:
@@ -78,7 +87,7 @@ def _not_numeric(text: str) -> CommandError:
 
 def number(text: str) -> int | None:
     """A whole number in decimal, hexadecimal (0x) or octal (0); None for anything else."""
-    match = _NUMBER.fullmatch(text)
+    match = _NUMBER.fullmatch(text) if len(text) <= _LONGEST else None
     if match is None:
         return None
     digits = match[1].lower()
