@@ -107,9 +107,7 @@ def open_disk(name: str | None, how: Opening, secrets: Secrets) -> Disk:
 
             node = temporary_overlay(graph, node, writable=not how.read_only)
         if how.copy_on_read:
-            above = graph.open({"driver": "copy-on-read", "file": node.name}, writable=True)
-            graph.release(node)
-            node = above
+            node = _copying_on_read(graph, node)
         disk = graph.disk(node, owns_graph=True)
         graph.release(node)
         if guessed and disk.node.writable and not how.temporary:
@@ -150,6 +148,16 @@ def _open_node(graph: Graph, name: str | None, how: Opening) -> Node:
         options["filename"] = name
     writable = not how.read_only and not how.temporary
     return graph.open(options, driver=how.format, writable=writable, force_share=how.force_share, cache=cache)
+
+
+def _copying_on_read(graph: Graph, node: Node) -> Node:
+    """The filter that keeps what is read from a backing file, over ``node``, whose hold passes to it."""
+    try:
+        above = graph.open({"driver": "copy-on-read", "file": node.name}, writable=True)
+    except OptionError as error:
+        raise OptionError(f"-C needs the filter 'copy-on-read': {error}") from error
+    graph.release(node)
+    return above
 
 
 def _cache_of(options: dict[str, object], default: str) -> str:

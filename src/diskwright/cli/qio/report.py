@@ -10,9 +10,12 @@ from diskwright.cli.qio.language import amount
 _ROW: Final = 16
 
 _AT_ONCE: Final = 1 << 20
-"""Bytes compared or printed at a time: bounds the copies made for it."""
+"""Bytes compared at a time: bounds the copies made for it."""
 
-_SHOWN: Final = "".join(chr(i) if chr(i).isascii() and chr(i).isalnum() else "." for i in range(256))
+_DUMPED: Final = 1 << 16
+"""Bytes shown at a time."""
+
+_SHOWN: Final = bytes(i if chr(i).isascii() and chr(i).isalnum() else ord(".") for i in range(256))
 
 
 def timing(verb: str, seconds: float, offset: int, wanted: int, moved: int, *, condensed: bool) -> None:
@@ -34,15 +37,13 @@ def _clock(seconds: float) -> str:
 
 def dump(data: memoryview, offset: int) -> None:
     """The bytes in rows of sixteen, each with its place on the disk."""
-    rows = []
-    for start in range(0, len(data), _ROW):
-        row = bytes(data[start : start + _ROW])
-        text = row.decode("latin-1").translate(_SHOWN)
-        rows.append(f"{offset + start:08x}:  {row.hex(' ')}  {text}\n")
-        if len(rows) == _AT_ONCE // _ROW:
-            sys.stdout.writelines(rows)
-            rows.clear()
-    sys.stdout.writelines(rows)
+    for start in range(0, len(data), _DUMPED):
+        piece = bytes(data[start : start + _DUMPED])
+        hexadecimal, text = piece.hex(" "), piece.translate(_SHOWN).decode("ascii")
+        sys.stdout.writelines(
+            f"{offset + start + at:08x}:  {hexadecimal[3 * at : 3 * at + 47]}  {text[at : at + _ROW]}\n"
+            for at in range(0, len(piece), _ROW)
+        )
 
 
 def consists_of(data: memoryview, byte: int) -> bool:

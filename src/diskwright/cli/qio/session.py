@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from diskwright.core.node import Node
     from diskwright.core.secrets import Secrets
 
-_KEPT: Final = 16 << 20
+_KEPT: Final = 64 << 20
 """The longest buffer kept for the next request, in bytes."""
+
+_HUGE: Final = 2 << 20
 
 _SECTOR: Final = 512
 
@@ -163,13 +165,24 @@ class Session:
         if length > _KEPT:
             return own_buffer(length)
         if self._buffer is None or len(self._buffer) < length:
-            self._buffer = mmap.mmap(-1, max(length, 1 << 16))
+            self._buffer = _pages(max(length, 1 << 16))
         return memoryview(self._buffer)[:length]
 
 
 def own_buffer(length: int) -> memoryview:
     """Zeros of its own for a request that others overtake, aligned to pages."""
-    return memoryview(mmap.mmap(-1, length)) if length else memoryview(bytearray())
+    return memoryview(_pages(length)) if length else memoryview(bytearray())
+
+
+def _pages(length: int) -> mmap.mmap:
+    # Private memory, which may get huge pages: touching it for the first time is most of a large request's cost.
+    pages = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if length >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass  # a kernel without them
+    return pages
 
 
 def cut(buffer: memoryview, offset: int, lengths: Sequence[int]) -> list[Segment]:
