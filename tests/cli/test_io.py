@@ -235,6 +235,24 @@ def test_every_command_is_there_and_explained(command: table.Command, capsys: py
     session.end()
 
 
+@pytest.mark.parametrize("cache", ["writeback", "writethrough", "directsync"])
+def test_writing_through(cache: str, tmp_path: Path) -> None:
+    """What has been written is there after a crash: on the map as well."""
+    path = str(tmp_path / "image")
+    assert diskwright("create", "-q", "-f", "qcow2", path, "1M", cwd=tmp_path).code == 0
+    session = Session(Secrets())
+    session.open(path, Opening(format="qcow2", cache=cache))
+    for line in ("write -q 0 4k", "write -qc -P 1 64k 64k", "write -qz 128k 64k", "aio_write -q 256k 4k", "aio_flush"):
+        assert execute(session, line)
+    (tmp_path / "copy").write_bytes((tmp_path / "image").read_bytes())  # as a crash leaves it
+    session.end()
+    done = diskwright("io", "-r", "-f", "qcow2", "-c", "map", "copy", cwd=tmp_path)
+    held = (
+        "256 KiB (0x40000) bytes     allocated" not in done.out and "192 KiB (0x30000) bytes     allocated" in done.out
+    )
+    assert held == (cache != "writeback"), done.out
+
+
 def test_numbers_of_any_length(image: Path) -> None:
     long = "9" * 5000
     for words in (f"read 0 {long}", f"read 0x{long} 1", f"read -P {long} 0 1", f"sleep {long}", f"read 0.{long}k 1"):

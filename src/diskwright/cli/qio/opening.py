@@ -20,6 +20,8 @@ _AIO: Final = ("threads", "native", "io_uring")
 _DISCARD: Final = {"ignore": "ignore", "off": "ignore", "unmap": "unmap", "on": "unmap"}
 _DIRECT: Final = ("none", "directsync")
 
+WRITE_THROUGH: Final = ("writethrough", "directsync")
+
 _CACHE_SWITCHES: Final = ("cache.direct", "cache.no-flush", "cache.writeback")
 
 _CHANGEABLE: Final = (
@@ -160,6 +162,11 @@ def _copying_on_read(graph: Graph, node: Node) -> Node:
     return above
 
 
+def effective_cache(how: Opening) -> str:
+    """The cache mode an image is opened with."""
+    return _cache_of(dict(how.options), how.cache)
+
+
 def _cache_of(options: dict[str, object], default: str) -> str:
     """The cache mode that ``cache.direct`` and its kin among the options ask for; takes them out."""
     from diskwright.core.options import BOOL
@@ -173,7 +180,7 @@ def _cache_of(options: dict[str, object], default: str) -> str:
     if no_flush:
         return "unsafe"
     if writeback is None:
-        writeback = default not in ("writethrough", "directsync")
+        writeback = default not in WRITE_THROUGH
     if default in _DIRECT if direct is None else direct:
         return "none" if writeback else "directsync"
     return "writeback" if writeback else "writethrough"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from diskwright.cli.qio.language import CommandError, Refused
-from diskwright.cli.qio.opening import Opening, open_disk
+from diskwright.cli.qio.opening import WRITE_THROUGH, Opening, effective_cache, open_disk
 from diskwright.errors import DiskwrightError, errno_of, message_of
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class Session:
         self.disk: Disk | None = None
         self.name: str | None = None
         self.how = Opening()
+        self.writes_through = False
+        """Whether every write is to be durable, an image's metadata included, of which the file below knows nothing."""
         self.finished = False
         self.tags: dict[str, bool] = {}
         """Tags of breakpoints that were set, and whether their request is known to be suspended."""
@@ -49,6 +51,7 @@ class Session:
             raise Refused("file open already, try 'help close'")
         self.disk = open_disk(name, how, self.secrets)
         self.name, self.how = name, how
+        self.writes_through = effective_cache(how) in WRITE_THROUGH
 
     def close(self) -> None:
         """Closes the disk, when its requests have ended. Raises what its last flush raises."""
@@ -100,15 +103,22 @@ class Session:
             node = self.node
             if segments:
                 node.writev(self._on_disk(segments, reading=False))
-            if durably:
+            if durably or self.writes_through:
                 node.flush()
+
+    def write_compressed(self, segments: Sequence[Segment]) -> None:
+        """Writes whole clusters, compressed. From any thread."""
+        with self.open_disk.request():
+            self.node.write_compressed(segments)
+            if self.writes_through:
+                self.node.flush()
 
     def write_zeros(self, offset: int, length: int, *, unmap: bool, fast: bool = False, durably: bool = False) -> None:
         """Makes a range read as zeros. From any thread."""
         with self.open_disk.request():
             if length:
                 self.node.write_zeros(offset, length, unmap=unmap, fast=fast)
-            if durably:
+            if durably or self.writes_through:
                 self.node.flush()
 
     def _on_disk(self, segments: Sequence[Segment], *, reading: bool) -> Sequence[Segment]:

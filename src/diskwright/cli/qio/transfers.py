@@ -217,8 +217,7 @@ def _writing(session: Session, flags: Flags, offset: int, length: int) -> Callab
 
     def compressed() -> None:
         session.check(offset, length)
-        with session.open_disk.request():
-            session.node.write_compressed(segments)
+        session.write_compressed(segments)
 
     def of_machine() -> None:
         from diskwright.core.snapshots import write_vm_state
