@@ -467,6 +467,11 @@ class FormatNode(Node):
             target.writev(direct)
         return None
 
+    def write_beyond_end(self, segments: Segments) -> None:
+        """Writes to guest offsets behind the disk's end, for which the format has made room: a machine's state. It is
+        no part of the disk, so it makes nothing dirty."""
+        self._writev(segments)
+
     @property
     def compresses(self) -> bool:
         return self.format.compresses

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from diskwright.core.driver import not_supported
 from diskwright.errors import SnapshotNotFound
+from diskwright.extents import UNALLOCATED, ZERO
 
 if TYPE_CHECKING:
-    from diskwright.core.node import Node
+    from diskwright.core.node import FormatNode, Node
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,15 @@ class Snapshots(ABC):
 
     def load_vm_state(self, id: str, into: BinaryIO) -> int:
         """Writes the machine's state to ``into``; returns its length in bytes."""
+        raise not_supported("Machine states are not kept here")
+
+    def vm_state_range(self) -> tuple[int, int]:
+        """Where the state of a machine that is about to be kept lies: from which guest offset on, behind the disk's
+        end, and up to which anything may be mapped so far."""
+        raise not_supported("Machine states are not kept here")
+
+    def make_vm_state_room(self, end: int) -> None:
+        """From now on guest offsets of the state below ``end`` can be written to. Raises LimitExceeded."""
         raise not_supported("Machine states are not kept here")
 
 
@@ -143,3 +153,56 @@ def apply(node: Node, id: str) -> None:
 def delete(node: Node, id: str) -> None:
     """See ``Snapshots.delete_snapshot``."""
     _keeper(node).delete_snapshot(id)
+
+
+def read_vm_state(node: Node, offset: int, into: memoryview) -> None:
+    """Reads the machine's state that is not yet kept with a snapshot, from ``offset`` bytes of it on. What nobody wrote
+    reads as zeros. Raises OSError with ENOTSUP where there is none."""
+    image, form = _with_vm_state(node)
+    start, end = form.vm_state_range()
+    from diskwright.core.node import fill_zeros
+
+    done = 0
+    while done < len(into):
+        at, left = start + offset + done, len(into) - done
+        run = image.format.extent_at(at, min(left, end - at)) if at < end else None
+        length = left if run is None else run.length
+        part = into[done : done + length]
+        if run is None or run.kind in (UNALLOCATED, ZERO):
+            fill_zeros(part)  # a backing image as long as that has something else there
+        else:
+            image.readv([(at, part)])
+        done += length
+
+
+def write_vm_state(node: Node, offset: int, data: memoryview) -> None:
+    """Writes to the machine's state that is not yet kept with a snapshot, ``offset`` bytes from its beginning. No other
+    request may be in flight. Raises OSError with ENOTSUP where there is none, LimitExceeded."""
+    image, form = _with_vm_state(node)
+    start, _ = form.vm_state_range()
+    form.make_vm_state_room(start + offset + len(data))
+    unit, done = image.cluster_size, 0
+    while done < len(data):
+        at, left = start + offset + done, len(data) - done
+        inside = at % unit
+        if not inside and left >= unit:
+            length = left - left % unit
+            image.write_beyond_end([(at, data[done : done + length])])
+        else:
+            # Whole clusters, as there is nothing to fill the rest of one from.
+            length = min(left, unit - inside)
+            whole = memoryview(bytearray(unit))
+            read_vm_state(node, at - inside - start, whole)
+            whole[inside : inside + length] = data[done : done + length]
+            image.write_beyond_end([(at - inside, whole)])
+        done += length
+
+
+def _with_vm_state(node: Node) -> tuple[FormatNode, Snapshots]:
+    from diskwright.core.node import FormatNode, below_filters
+
+    image = below_filters(node)
+    # Where guest data lies in another file than its map, that file is a disk's and nothing else.
+    if not isinstance(image, FormatNode) or not isinstance(image.format, Snapshots) or image.format.data_child:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+    return image, image.format

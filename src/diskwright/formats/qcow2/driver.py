@@ -456,6 +456,16 @@ class Qcow2(Format, Snapshots):
         shown = Qcow2(file, view(file, header, table[infos.index(info)]), self._options, None)
         return load(shown, info, into)
 
+    def vm_state_range(self) -> tuple[int, int]:
+        from diskwright.formats.qcow2.vmstate import span
+
+        return span(self)
+
+    def make_vm_state_room(self, end: int) -> None:
+        from diskwright.formats.qcow2.vmstate import make_room
+
+        make_room(self, self._writing(), end)
+
     def zero_init(self) -> bool:
         if self.backing is not None:
             return False

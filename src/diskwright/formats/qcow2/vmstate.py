@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final
 from diskwright.errors import CorruptImage, ImageError, LimitExceeded
 from diskwright.extents import DATA, SPECIAL
 from diskwright.formats.qcow2.layout import MAX_L1_BYTES
+from diskwright.formats.qcow2.resize import grow_l1
 from diskwright.units import MiB
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from diskwright.core.snapshots import SnapshotInfo, VmState
     from diskwright.formats.qcow2.changes import Change
     from diskwright.formats.qcow2.driver import Qcow2
+    from diskwright.formats.qcow2.writing import Writer
 
 _AT_ONCE: Final = 4 * MiB
 """Bytes of the state held at a time."""
@@ -90,3 +92,19 @@ def load(image: Qcow2, info: SnapshotInfo, into: BinaryIO) -> int:
         into.write(buffer)
         at += run.length
     return info.vm_state_size
+
+
+def span(image: Qcow2) -> tuple[int, int]:
+    """See ``Snapshots.vm_state_range``."""
+    g = image.header.geometry
+    shift = g.cluster_bits + g.l2_bits
+    return g.l1_entries(image.header.size) << shift, len(image.mapping.l1) << shift
+
+
+def make_room(image: Qcow2, writer: Writer, end: int) -> None:
+    """See ``Snapshots.make_vm_state_room``."""
+    entries = writer.geometry.l1_entries(end)
+    if entries * 8 > MAX_L1_BYTES:
+        raise LimitExceeded(f"{image.children[0].filename}: a machine's state up to offset {end} is too long for it")
+    if entries > len(writer.map.l1):
+        grow_l1(writer, entries)

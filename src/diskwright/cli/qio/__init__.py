@@ -1,0 +1,1 @@
+"""The command language of ``qemu-io``: reading, writing and examining one disk by typed commands."""
