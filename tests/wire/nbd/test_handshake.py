@@ -68,7 +68,7 @@ def test_go_tells_size_and_flags_and_enters() -> None:
     assert infos[3] == pack(">HIII", 3, 1, 65536, 32 << 20)
     assert answer[-1][:2] == (GO, ACK)
     assert shake.state == TRANSMISSION and shake.chosen is not None
-    assert (shake.chosen.name, shake.chosen.structured, shake.chosen.base_allocation) == ("disk", False, False)
+    assert (shake.chosen.name, shake.chosen.structured, shake.chosen.contexts) == ("disk", False, ())
 
 
 def test_info_tells_the_same_and_stays() -> None:
@@ -142,7 +142,7 @@ def test_meta_contexts_listed_and_set(queries: tuple[str, ...], listed: int, cho
     assert [kind for _, kind, _ in answer] == [META] * chosen + [ACK]
     assert all(unpack_from(">I", data)[0] for _, kind, data in answer if kind == META)
     shake.feed(option(GO, name_and("disk")))
-    assert shake.chosen is not None and shake.chosen.base_allocation == bool(chosen)
+    assert shake.chosen is not None and bool(shake.chosen.contexts) == bool(chosen)
 
 
 @pytest.mark.parametrize(
@@ -158,14 +158,14 @@ def test_a_later_set_replaces_the_contexts(later: bytes) -> None:
     shake = begun()
     shake.feed(option(STRUCTURED) + option(SET_META, meta("disk", "base:allocation")) + later)
     shake.feed(option(GO, name_and("disk")))
-    assert shake.chosen is not None and not shake.chosen.base_allocation
+    assert shake.chosen is not None and not shake.chosen.contexts
 
 
 def test_listing_does_not_change_what_is_set() -> None:
     shake = begun()
     shake.feed(option(STRUCTURED) + option(SET_META, meta("disk", "base:allocation")))
     shake.feed(option(LIST_META, meta("disk", "other:x")) + option(GO, name_and("disk")))
-    assert shake.chosen is not None and shake.chosen.base_allocation
+    assert shake.chosen is not None and shake.chosen.contexts
 
 
 @pytest.mark.parametrize("number", [INFO, GO])
