@@ -34,7 +34,6 @@ class Tls(Enum):
     """Who does not ask for it learns nothing."""
 
 
-
 class ExportInfo(NamedTuple):
     """What a client is told of an export. Sizes in bytes."""
 
