@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
+from diskwright.core.node import Node, below_filters
+from diskwright.errors import GraphError
 from diskwright.extents import WINDOW
 from diskwright.wire.nbd import constants as c
 
@@ -76,10 +78,13 @@ class AllocationDepth(Context):
 
 
 class DirtyRuns(Context):
-    """What is dirty in a bitmap."""
+    """What is dirty in a bitmap, which ``release`` gives back."""
 
     def __init__(self, bitmap: DirtyBitmap, name: str) -> None:
         self.name, self._bitmap = c.DIRTY_BITMAP + name, bitmap
+
+    def release(self) -> None:
+        self._bitmap.release()
 
     def runs(self, look: Look) -> Runs:
         bitmap, at, end = self._bitmap, look.offset, look.offset + look.length
@@ -95,6 +100,25 @@ class DirtyRuns(Context):
             if not _append(runs, at - begin, c.STATE_DIRTY, look.most):
                 break
         return runs
+
+
+def dirty_runs(root: Node, name: str, *, read_only: bool) -> DirtyRuns:
+    """The bitmap called ``name`` of the first image in a chain that has one, held until ``release``: nobody can clear
+    or remove it meanwhile. Raises GraphError; also for a bitmap that goes on recording under an export that is
+    read-only, whose clients rely on it to stay as it is."""
+    from diskwright.core import bitmaps
+
+    node: Node | None = root
+    while node is not None:
+        node = below_filters(node)
+        for bitmap in bitmaps.named(node):
+            if bitmap.name == name:
+                if read_only and node.writable and bitmap.enabled:
+                    raise GraphError(f"Enabled bitmap '{name}' incompatible with readonly export")
+                bitmap.hold(allow_readonly=True)
+                return DirtyRuns(bitmap, name)
+        node = node.backing
+    raise GraphError(f"Bitmap '{name}' is not found")
 
 
 def _append(runs: Runs, length: int, state: int, most: int) -> bool:

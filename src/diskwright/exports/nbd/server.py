@@ -47,10 +47,12 @@ class NbdExport:
     description: str = ""
     read_only: bool = False
     contexts: tuple[Context, ...] = (BaseAllocation(),)
+    multi: bool = True
+    """Whether clients are told that they may come over several connections."""
 
     def info(self) -> ExportInfo:
         """What a client is told at this moment."""
-        flags = c.FLAG_HAS_FLAGS | c.FLAG_SEND_FLUSH | c.FLAG_CAN_MULTI_CONN | c.FLAG_SEND_CACHE
+        flags = c.FLAG_HAS_FLAGS | c.FLAG_SEND_FLUSH | c.FLAG_SEND_CACHE | (c.FLAG_CAN_MULTI_CONN if self.multi else 0)
         if self.read_only or self.disk.read_only:
             flags |= c.FLAG_READ_ONLY
         else:

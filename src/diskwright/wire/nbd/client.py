@@ -175,7 +175,7 @@ class Refused(ProtocolError):
     """A server refused an option. ``kind`` is its reply type, ``said`` its own words, fit to be printed."""
 
     def __init__(self, number: int, answer: Answer) -> None:
-        self.kind, self.said = answer.final.kind, _text(answer.final.data)
+        self.number, self.kind, self.said = number, answer.final.kind, _text(answer.final.data)
         why = _REASONS.get(self.kind, f"refused with error {self.kind & ~c.REP_ERROR}")
         more = f": {self.said}" if self.said else ""
         super().__init__(f"NBD server refused option {number} ({OPTION_NAMES.get(number, 'unknown')}): {why}{more}")
