@@ -290,8 +290,8 @@ class NbdServer:
             if left <= 0:
                 raise TimeoutError(f"no agreement within {self._timeout:g} seconds")
             client.settimeout(left)  # for all of it together: a byte now and then must not keep a place
-            if answer:
-                stream.sendall(answer)
+            if answer and not self._reply(stream, answer, shake.state == CLOSED):
+                return None
             if shake.state == SECURING and self._tls is not None:
                 stream = self._tls.secure(client, left)
                 shake.secured()
@@ -299,6 +299,16 @@ class NbdServer:
             return None
         client.settimeout(None)
         return stream, exports[shake.chosen.name], shake.chosen, shake.rest
+
+    def _reply(self, stream: Stream, answer: bytes, farewell: bool) -> bool:
+        """Sends an answer. False when it was the last, and nobody waited for it."""
+        try:
+            stream.sendall(answer)
+        except OSError:
+            if farewell:
+                return False
+            raise
+        return True
 
     def _transmit(self, stream: Stream, export: NbdExport, chosen: Chosen, rest: bytes) -> None:
         """Serves a client until it leaves."""
