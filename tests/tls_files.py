@@ -1,4 +1,4 @@
-"""Certificates and keys for tests, made when they are asked for, in directories as QEMU's tls-creds objects want them."""
+"""Certificates and keys for tests, made when asked for, in directories as QEMU's tls-creds objects want them."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ class Reply(NamedTuple):
 class Client:
     """One connection. Requests may be sent ahead; replies are told apart by cookie.
 
-    ``secure`` sets up TLS on the socket, which is asked for then. ``contexts`` are asked for when replies are structured;
-    the ids of those the server has are in ``ids``.
+    ``secure`` sets up TLS on the socket, which is asked for then. ``contexts`` are asked for when replies are
+    structured; the ids of those the server has are in ``ids``.
     """
 
     def __init__(

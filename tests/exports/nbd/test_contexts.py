@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from contextlib import closing
 from pathlib import Path
@@ -107,11 +108,13 @@ def test_an_enabled_bitmap_goes_on_recording(sock_dir: str, tmp_path: Path) -> N
         disk = graph.disk(graph.open(image, driver="qcow2", writable=True))
         bitmaps.add(disk.node, "b", 65536)
         dirty = dirty_runs(disk.node, "b", read_only=False)
-        with serving(NbdExport("", disk, contexts=(BaseAllocation(), dirty)), folder=sock_dir) as served:
-            with Client(served.path, structured=True, contexts=(BITMAP,)) as client:
-                assert client.ask(STATUS, 0, SIZE).extents == ((SIZE, 0),)
-                assert client.write(100000, bytes(range(256))) == 0
-                assert client.ask(STATUS, 0, SIZE).extents == ((65536, 0), (65536, 1), (SIZE - 131072, 0))
+        with (
+            serving(NbdExport("", disk, contexts=(BaseAllocation(), dirty)), folder=sock_dir) as served,
+            Client(served.path, structured=True, contexts=(BITMAP,)) as client,
+        ):
+            assert client.ask(STATUS, 0, SIZE).extents == ((SIZE, 0),)
+            assert client.write(100000, bytes(range(256))) == 0
+            assert client.ask(STATUS, 0, SIZE).extents == ((65536, 0), (65536, 1), (SIZE - 131072, 0))
         dirty.release()
         disk.close()
 
@@ -132,7 +135,7 @@ def test_runs_agree_with_the_bits(seed: int) -> None:
         most = rng.choice((1, 2, 5, 4096))
         runs = context.runs(Look(None, offset, length, most))  # type: ignore[arg-type]
         assert 1 <= len(runs) <= most
-        assert all(one[1] != two[1] for one, two in zip(runs, runs[1:], strict=False))
+        assert all(one[1] != two[1] for one, two in itertools.pairwise(runs))
         told = sum(run for run, _ in runs)
         assert told == length or (told < length and len(runs) == most)
         at = offset

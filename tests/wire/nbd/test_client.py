@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from struct import pack
 
 import pytest
@@ -214,4 +215,4 @@ def test_any_bytes_in_any_pieces_end_in_a_reply_or_an_error(data: bytes, cuts: l
         return seen
 
     edges = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
-    assert outcome([data[a:b] for a, b in zip(edges, edges[1:], strict=False)]) == outcome([data])
+    assert outcome([data[a:b] for a, b in itertools.pairwise(edges)]) == outcome([data])

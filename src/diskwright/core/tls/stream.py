@@ -31,7 +31,8 @@ class TlsSocket:
     """TLS over a connected socket, with those methods of a socket that a conversation needs. One thread may receive
     while others send. Every method raises OSError (``ssl.SSLError`` is one) when the connection fails.
 
-    ``socket`` is the one below; its timeouts hold here too, for each wait by itself.
+    ``socket`` is the one below; its timeouts hold here too, for each wait by itself. A peer that closes it without the
+    farewell TLS knows has ended as well: what NBD says has a length of its own, so an end forged in its midst shows.
     """
 
     def __init__(
@@ -92,10 +93,11 @@ class TlsSocket:
             if got or self._ended:
                 return got
             received = self.socket.recv_into(self._buffer, 0, flags)
-            if received:
-                self._incoming.write(self._buffer[:received])
-            else:
-                self._incoming.write_eof()
+            if not received:
+                # OpenSSL is not told: an end without a farewell is an error to it, after which it sends nothing more.
+                self._ended = True
+                return 0
+            self._incoming.write(self._buffer[:received])
 
     def _decrypted(self, view: memoryview) -> int:
         got = 0
@@ -105,11 +107,8 @@ class TlsSocket:
                     step = cast(int, self.object.read(len(view) - got, view[got:]))
                 except ssl.SSLWantReadError:
                     break
-                except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
-                    # With or without the farewell that TLS knows: what NBD says has a length of its own, so an end
-                    # forged in its midst is seen above.
-                    self._ended = True
-                    break
+                except ssl.SSLZeroReturnError:
+                    step = 0
                 if not step:
                     self._ended = True
                     break
