@@ -32,14 +32,13 @@ class Reply(NamedTuple):
     data: bytes
     chunks: tuple[int, ...]
     extents: tuple[tuple[int, int], ...] = ()
-    status: dict[int, tuple[tuple[int, int], ...]] = {}
 
 
 class Client:
     """One connection. Requests may be sent ahead; replies are told apart by cookie.
 
     ``secure`` sets up TLS on the socket, which is asked for then. ``contexts`` are asked for when replies are
-    structured; the ids of those the server has are in ``ids``.
+    structured; the ids of those the server has are in ``ids``, and what the last block status told in ``status``.
     """
 
     def __init__(
@@ -55,6 +54,7 @@ class Client:
         self.sock: Any = socket.socket(family)
         self._raw, self._secure, self._contexts = self.sock, secure, contexts
         self.ids: dict[str, int] = {}
+        self.status: dict[int, tuple[tuple[int, int], ...]] = {}
         self.sock.settimeout(PATIENCE)
         self.sock.connect(address)
         self.structured = structured
@@ -130,7 +130,7 @@ class Client:
         request, offset, wanted = self._wanted.pop(cookie)
         data, covered, error = bytearray(wanted if request == READ else 0), 0, 0
         kinds, extents = [], []
-        status = {}
+        status = self.status = {}
         while True:
             body = self.take(length)
             kinds.append(kind)
@@ -154,7 +154,7 @@ class Client:
             flags, kind, again, length = unpack(">HHQI", self.take(16))
             assert again == cookie
         assert error or request != READ or covered == wanted
-        return cookie, Reply(error, bytes(data), tuple(kinds), tuple(extents), status)
+        return cookie, Reply(error, bytes(data), tuple(kinds), tuple(extents))
 
     def ask(self, kind: int, offset: int, length: int, payload: bytes = b"", flags: int = 0) -> Reply:
         """One request and its reply."""
