@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from tests.cli.run import TIMEOUT, Result, environment
@@ -44,13 +43,12 @@ class Running:
         folder: str,
         program: tuple[str, ...] = OURS,
         place: bool = True,
-        prepare: Callable[[], None] | None = None,
         pass_fds: tuple[int, ...] = (),
     ) -> None:
         self.socket = os.path.join(folder, "n")
         self.uri = f"nbd+unix:///?socket={self.socket}"
         self._pid_file = os.path.join(folder, "pid")
-        self._log = open(os.path.join(folder, "log"), "w+b")
+        self._log = open(os.path.join(folder, "log"), "w+b")  # noqa: SIM115 - closed with the server
         where = ["-k", self.socket] if place else []
         self.process = subprocess.Popen(
             [*program, *where, "--pid-file", self._pid_file, *words],
@@ -58,7 +56,6 @@ class Running:
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
-            preexec_fn=prepare,
             pass_fds=pass_fds,
         )
         deadline = time.monotonic() + TIMEOUT

@@ -13,11 +13,13 @@ from diskwright.cli.common import Failure
 
 
 class Option(NamedTuple):
-    """One option. ``letter`` is its short form, or empty."""
+    """One option. ``letter`` is its short form, or empty. An ``exact`` one cannot be abbreviated: what we
+    add to somebody else's options must not make theirs ambiguous."""
 
     name: str
     letter: str = ""
     takes_value: bool = False
+    exact: bool = False
 
 
 OPERAND = ""
@@ -36,7 +38,7 @@ def scan(words: Sequence[str], options: Sequence[Option], hint: str) -> Iterator
             break
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
-            found = _by_name(name, options, hint)
+            found = _by_name(name, word, options, hint)
             if equals and not found.takes_value:
                 raise _wrong(f"option '--{found.name}' doesn't allow an argument", hint)
             if found.takes_value and not equals:
@@ -70,13 +72,13 @@ def _letters(word: str, rest: list[str], options: Sequence[Option], hint: str) -
         return
 
 
-def _by_name(name: str, options: Sequence[Option], hint: str) -> Option:
-    fitting = [each for each in options if each.name.startswith(name)]
+def _by_name(name: str, word: str, options: Sequence[Option], hint: str) -> Option:
+    fitting = [each for each in options if each.name.startswith(name) and (each.name == name or not each.exact)]
     exact = [each for each in fitting if each.name == name]
     if exact or len(fitting) == 1:
         return (exact or fitting)[0]
     if not fitting:
-        raise _wrong(f"unrecognized option '--{name}'", hint)
+        raise _wrong(f"unrecognized option '{word}'", hint)
     possible = " ".join(f"'--{each.name}'" for each in fitting)
     raise _wrong(f"option '--{name}' is ambiguous; possibilities: {possible}", hint)
 

@@ -54,8 +54,8 @@ OPTIONS: Final = (
     Option("fork"),
     Option("pid-file", "", True),
     Option("selinux-label", "", True),
-    Option("gate", "", True),
-    Option("tls-optional"),
+    Option("gate", "", True, exact=True),
+    Option("tls-optional", exact=True),
 )
 """In this order abbreviations are listed when they fit several. The last two are ours."""
 

@@ -75,14 +75,6 @@ class Dialog:
         self._raw.settimeout(TIMEOUT)
         self._stream = stream
 
-    def enter_old(self, name: str, greeting: client.Greeting) -> client.ExportDetails:
-        """What a server of the old kinds tells of an export as it begins to serve it."""
-        self._options = False
-        self._stream.sendall(client.option(c.OPT_EXPORT_NAME, name.encode()))
-        while (found := self._incoming.export(greeting.no_zeroes)) is None:
-            self._receive("export length")
-        return found
-
     def disconnect(self) -> None:
         """Leaves a server that serves already."""
         self._stream.sendall(c.REQUEST.pack(c.REQUEST_MAGIC, 0, c.CMD_DISC, 0, 0, 0))

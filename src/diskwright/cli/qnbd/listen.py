@@ -81,6 +81,7 @@ def _listen_tcp(server: NbdServer, host: str, port: str) -> None:
         except OSError as error:
             failure = error
     if not listening:
-        in_use = isinstance(failure, OSError) and failure.errno == errno.EADDRINUSE
-        reason = failure.strerror if failure is not None else "it has no address"
+        in_use = failure is not None and failure.errno == errno.EADDRINUSE
+        # Not the error's own text, to which Python has added the address.
+        reason = os.strerror(failure.errno or 0) if failure is not None else "it has no address"
         raise Failure(f"Failed to {'find an available port' if in_use else 'bind socket'}: {reason}")

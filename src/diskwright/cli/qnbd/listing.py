@@ -58,9 +58,7 @@ def _ask(dialog: Dialog, settings: Settings, host: str | None) -> list[Listed]:
         dialog.disconnect()
         return [("", "", greeting.old, [])]
     if not greeting.fixed:
-        details = dialog.enter_old("", greeting)
-        dialog.disconnect()
-        return [("", "", details, [])]
+        raise Failure("Server does not support export lists")
     structured = client.structured_replies(dialog.ask)
     exports: list[Listed] = []
     for name, description in client.list_exports(dialog.ask):

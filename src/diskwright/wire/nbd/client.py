@@ -95,7 +95,7 @@ class Incoming:
         """The greeting, once it is whole. Its kind decides how long it is."""
         data = self._data
         if len(data) >= 8 and unpack_from(">Q", data)[0] != c.INIT_MAGIC:
-            raise ProtocolError(f"This is no NBD server: it began with {bytes(data[:8])!r}")
+            raise ProtocolError(f"Bad initial magic received: 0x{data[:8].hex()}")
         if len(data) < _GREETING:
             return None
         (magic,) = unpack_from(">Q", data, 8)
@@ -104,7 +104,7 @@ class Incoming:
             del data[:_GREETING]
             return Greeting(bool(flags & c.FIXED_NEWSTYLE), bool(flags & c.NO_ZEROES))
         if magic != c.OLDSTYLE_MAGIC:
-            raise ProtocolError(f"NBD server's second magic is {magic:#x}")
+            raise ProtocolError(f"Bad server magic received: {magic:#x}")
         if len(data) < _OLDSTYLE:
             return None
         size, flags = unpack_from(">QI", data, 16)
