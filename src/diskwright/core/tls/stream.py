@@ -59,9 +59,9 @@ class TlsSocket:
                 self._say_why()
                 raise ProtocolError(f"TLS handshake failed: {reason(error)}") from error
             else:
-                self.socket.sendall(self._outgoing.read())
+                self._send_pending()
                 return
-            self.socket.sendall(self._outgoing.read())
+            self._send_pending()
             left = deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError(f"no TLS agreement within {seconds:g} seconds")
@@ -70,6 +70,10 @@ class TlsSocket:
             if not got:
                 raise ProtocolError("TLS handshake failed: the peer has hung up")
             self._incoming.write(self._buffer[:got])
+
+    def _send_pending(self) -> None:
+        if self._outgoing.pending:
+            self.socket.sendall(self._outgoing.read())
 
     def fileno(self) -> int:
         return self.socket.fileno()
