@@ -20,6 +20,7 @@ from diskwright.core.tls.stream import TlsSocket
 from diskwright.errors import OptionError, ProtocolError
 from diskwright.exports.nbd.tls import ServerTls
 from tests.exports.nbd.client import FLUSH, FUA, MIB, READ, WRITE, ZEROES, Client, Medium, serving_image, serving_medium
+from tests.own import Diskwright
 from tests.peers import libnbd
 from tests.peers.process import PeerError, run
 from tests.tls_files import CLIENT_NAME, Authority, psk
@@ -439,3 +440,24 @@ def test_replies_while_requests_arrive(files: Files, sock_dir: str) -> None:
             cookie, reply = client.receive()
             at = wanted.pop(cookie)
             assert reply.data == medium.data[at : at + 8192]
+
+
+def test_diskwright_serve(files: Files, sock_dir: str, tmp_path: Path) -> None:
+    """The same through its own command line."""
+    image = tmp_path / "image"
+    image.write_bytes(b"\5" * MIB)
+    path = os.path.join(sock_dir, "s")
+    obj = f"tls-creds-x509,id=t,dir={files.server},endpoint=server"
+    words = ("serve", "-f", "raw", "--socket", path, "--object", obj, "--tls-creds", "t", str(image))
+    with Diskwright(*words) as server:
+        server.wait_line("Serving")
+        with Client(path, secure=secure("x509", files.client)) as client:
+            assert client.read(0, 100) == b"\5" * 100
+        with pytest.raises(AssertionError, match="0x80000005"):
+            Client(path)
+        server.signal()
+        assert server.end() == 0
+    for more in (("--tls-authz", "t"), ("--tls-optional",), ("--tls-creds", "none")):
+        with Diskwright("serve", "-f", "raw", "--socket", path, *more, str(image)) as server:
+            assert server.end() == 1
+            assert "TLS" in server.errors[0] or "--tls-creds" in server.errors[0]
