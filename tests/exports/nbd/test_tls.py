@@ -450,7 +450,7 @@ def test_diskwright_serve(files: Files, sock_dir: str, tmp_path: Path) -> None:
     obj = f"tls-creds-x509,id=t,dir={files.server},endpoint=server"
     words = ("serve", "-f", "raw", "--socket", path, "--object", obj, "--tls-creds", "t", str(image))
     with Diskwright(*words) as server:
-        server.wait_line("Serving")
+        assert f"nbds+unix:///?socket={path}" in server.wait_line("Serving")
         with Client(path, secure=secure("x509", files.client)) as client:
             assert client.read(0, 100) == b"\5" * 100
         with pytest.raises(AssertionError, match="0x80000005"):

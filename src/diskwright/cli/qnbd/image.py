@@ -53,7 +53,8 @@ def _open(graph: Graph, settings: Settings, options: dict[str, object], *, writa
 
 def _guarded(graph: Graph, node: Node, settings: Settings) -> Node:
     """A raw disk nobody called raw must not be turned into something else by its client."""
-    warn_guessed_raw(settings.image, node, settings.format, settings.image_opts)
+    if node.writable:
+        warn_guessed_raw(settings.image, node, settings.format, settings.image_opts)
     guessed = settings.format is None and not settings.image_opts and not settings.image.startswith("json:")
     if guessed and node.writable and isinstance(node, FormatNode) and node.format.name == "raw":
         from diskwright.filters.probe_guard import ProbeGuard

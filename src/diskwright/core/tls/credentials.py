@@ -156,8 +156,10 @@ class Psk(Credentials):
         names: list[str] = []
 
         def key_of(name: str) -> bytes | None:
-            names.append(name)
-            return self._key(name)
+            key = self._key(name)
+            if key is not None:
+                names.append(name)  # the last one that is found is the one that is used
+            return key
 
         serve_keys(context, key_of)
         return Terms(context, lambda connection: names[-1] if names else None)

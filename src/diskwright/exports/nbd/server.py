@@ -151,11 +151,12 @@ class NbdServer:
     def uri(self, name: str = "") -> str:
         """The NBD URI of an export at the first place listened on."""
         listener = self._listeners[0]
+        scheme = "nbds" if self._tls is not None and self._tls.required else "nbd"
         if listener.family == socket.AF_UNIX:
-            return f"nbd+unix:///{quote(name)}?socket={quote(listener.getsockname(), safe='/')}"
+            return f"{scheme}+unix:///{quote(name)}?socket={quote(listener.getsockname(), safe='/')}"
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        return f"nbd://{shown}:{port}/{quote(name)}"
+        return f"{scheme}://{shown}:{port}/{quote(name)}"
 
     def start(self) -> None:
         """Begins to accept clients."""
