@@ -208,6 +208,10 @@ def make_gate(name: str) -> Gate:
 
 def secrets_of(args: argparse.Namespace) -> Secrets:
     """The secrets the user defined with ``--object``. Raises Failure."""
+    if not args.object:
+        from diskwright.core.secrets import Secrets
+
+        return Secrets()
     from diskwright.cli.objects import objects_of
 
     return objects_of(args.object).secrets
