@@ -235,6 +235,8 @@ CONVERSATIONS = {
     "no lists": [GREETING, PLAIN, reply(3, UNSUP)],
     "denied": [GREETING, PLAIN, reply(3, POLICY, b"go away")],
     "invalid": [GREETING, PLAIN, reply(3, INVALID)],
+    "tls required": [GREETING, PLAIN, reply(3, TLS_REQD, b"not like this")],
+    "tls required, tersely": [GREETING, reply(8, TLS_REQD), reply(3, TLS_REQD)],
     "unknown error": [GREETING, PLAIN, reply(3, (1 << 31) + 77, b"what")],
     "oldstyle": [b"NBDMAGIC" + pack(">QQI", 0x00420281861253, 1 << 20, 1) + bytes(124)],
     "gone meanwhile": [GREETING, PLAIN, server("a", "hello") + reply(3, ACK), reply(6, UNKNOWN, b"nope")],

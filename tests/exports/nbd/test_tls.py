@@ -260,6 +260,8 @@ def test_authorization(files: Files, sock_dir: str) -> None:
     anybody = made("x509", files.server, "server", **{"verify-peer": "off"})
     with pytest.raises(OptionError, match="verify-peer=on"):
         ServerTls(anybody, allows=names)
+    with pytest.raises(OptionError, match="keep nobody out"):
+        x509(files, required=False, allows=names)
     with pytest.raises(OptionError, match="server endpoint"):
         ServerTls(made("x509", files.client, "client"))
 

@@ -103,14 +103,14 @@ def _worded(refusal: client.Refused, settings: Settings) -> str:
         c.REP_ERR_POLICY: f"Denied by server for {option}",
         c.REP_ERR_INVALID: f"Invalid parameters for {option}",
         c.REP_ERR_PLATFORM: f"Server lacks support for {option}",
-        c.REP_ERR_TLS_REQD: f"Server requires TLS for {option}",
+        c.REP_ERR_TLS_REQD: f"TLS negotiation required before {option}",
         c.REP_ERR_UNKNOWN: "Requested export not available",
         c.REP_ERR_SHUTDOWN: f"Server shutting down before {option}",
         c.REP_ERR_BLOCK_SIZE_REQD: f"Server requires INFO_BLOCK_SIZE for {option}",
         c.REP_ERR_UNSUP: f"Server does not support {option}",
     }.get(refusal.kind, f"Unknown error code when asking for {option}")
     if refusal.kind == c.REP_ERR_TLS_REQD and settings.tls_creds is None:
-        text += "\nGive credentials with --tls-creds"
+        text += "\nDid you forget a valid tls-creds?"
     return f"{text}\nserver reported: {_printable(refusal.said)}" if refusal.said else text
 
 

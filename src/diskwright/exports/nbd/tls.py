@@ -29,6 +29,8 @@ class ServerTls:
             raise OptionError("Expected TLS credentials for a server endpoint")
         if self.allows is not None and not self.credentials.proves_peer:
             raise OptionError("Authorization needs clients that prove who they are: verify-peer=on")
+        if self.allows is not None and not self.required:
+            raise OptionError("Authorization would keep nobody out where clients may go without TLS")
 
     @property
     def kind(self) -> Tls:
