@@ -208,24 +208,13 @@ def make_gate(name: str) -> Gate:
 
 def secrets_of(args: argparse.Namespace) -> Secrets:
     """The secrets the user defined with ``--object``. Raises Failure."""
-    from diskwright.core.options import split_pairs
-    from diskwright.core.secrets import Secrets
+    if not args.object:
+        from diskwright.core.secrets import Secrets
 
-    secrets = Secrets()
-    for text in args.object:
-        kind, _, rest = text.partition(",")
-        try:
-            pairs = split_pairs(rest)
-        except OptionError:
-            raise Failure("An --object has a value without a name") from None  # not with the text: it holds a secret
-        kind = kind.removeprefix("qom-type=")
-        if kind != "secret":
-            raise Failure(f"Parameter 'qom-type' does not accept value '{kind}'")
-        try:
-            secrets.add_object(pairs)
-        except OptionError as error:
-            raise Failure(str(error)) from None
-    return secrets
+        return Secrets()
+    from diskwright.cli.objects import objects_of
+
+    return objects_of(args.object).secrets
 
 
 @contextmanager
@@ -317,7 +306,7 @@ def snapshot_options(graph: Graph, name: str, args: argparse.Namespace) -> dict[
     driver included. Raises Failure when the text is wrong, or there is no such snapshot."""
     from diskwright.core import snapshots
 
-    wanted = _snapshot_parameters(args.snapshot)
+    wanted = snapshot_parameters(args.snapshot)
     node = open_image(
         graph, name, format=args.format, image_opts=args.image_opts, force_share=args.force_share, backing=False
     )
@@ -348,7 +337,7 @@ def _can_show_snapshots(driver: str) -> bool:
     return any(info.name == "snapshot" for info in describe(find(driver).options))
 
 
-def _snapshot_parameters(text: str) -> dict[str, str]:
+def snapshot_parameters(text: str) -> dict[str, str]:
     """``snapshot.id`` and ``snapshot.name`` of a text that gives these; none for an id or name as such."""
     if not text.startswith("snapshot."):
         return {}

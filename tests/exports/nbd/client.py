@@ -6,7 +6,7 @@ import errno
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from struct import pack, unpack, unpack_from
 from typing import Any, NamedTuple
@@ -35,11 +35,26 @@ class Reply(NamedTuple):
 
 
 class Client:
-    """One connection. Requests may be sent ahead; replies are told apart by cookie."""
+    """One connection. Requests may be sent ahead; replies are told apart by cookie.
 
-    def __init__(self, address: str | tuple[str, int], name: str = "", *, structured: bool = False) -> None:
+    ``secure`` sets up TLS on the socket, which is asked for then. ``contexts`` are asked for when replies are
+    structured; the ids of those the server has are in ``ids``, and what the last block status told in ``status``.
+    """
+
+    def __init__(
+        self,
+        address: str | tuple[str, int],
+        name: str = "",
+        *,
+        structured: bool = False,
+        secure: Callable[[socket.socket], Any] | None = None,
+        contexts: tuple[str, ...] = ("base:allocation",),
+    ) -> None:
         family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
-        self.sock = socket.socket(family)
+        self.sock: Any = socket.socket(family)
+        self._raw, self._secure, self._contexts = self.sock, secure, contexts
+        self.ids: dict[str, int] = {}
+        self.status: dict[int, tuple[tuple[int, int], ...]] = {}
         self.sock.settimeout(PATIENCE)
         self.sock.connect(address)
         self.structured = structured
@@ -48,23 +63,37 @@ class Client:
         try:
             self._agree(name)
         except BaseException:
-            self.sock.close()
+            self._raw.close()
             raise
+
+    def _start_tls(self) -> None:
+        self.sock.sendall(pack(">IQII", 3, 0x49484156454F5054, 5, 0))
+        _, _, kind, length = unpack(">QIII", self.take(20))
+        assert (kind, length) == (1, 0), (hex(kind), self.take(length))
+        assert self._secure is not None
+        self.sock = self._secure(self._raw)
 
     def _agree(self, name: str) -> None:
         assert self.take(18) == b"NBDMAGICIHAVEOPT\0\3"
         options = [(8, b"")] if self.structured else []
         if self.structured:
-            options.append((10, pack(">I", len(name)) + name.encode() + pack(">II", 1, 15) + b"base:allocation"))
+            queries = b"".join(pack(">I", len(each)) + each.encode() for each in self._contexts)
+            options.append((10, pack(">I", len(name)) + name.encode() + pack(">I", len(self._contexts)) + queries))
         options.append((7, pack(">I", len(name)) + name.encode() + pack(">H", 0)))
         sent = b"".join(pack(">QII", 0x49484156454F5054, number, len(data)) + data for number, data in options)
-        self.sock.sendall(pack(">I", 3) + sent)
+        if self._secure is not None:
+            self._start_tls()
+            self.sock.sendall(sent)
+        else:
+            self.sock.sendall(pack(">I", 3) + sent)
         while True:
             _, option, kind, length = unpack(">QIII", self.take(20))
             data = self.take(length)
             assert kind < 0x80000000, (option, hex(kind), data)
             if kind == 3 and unpack_from(">H", data)[0] == 0:
                 self.size, self.flags = unpack_from(">QH", data, 2)
+            if (option, kind) == (10, 4):
+                self.ids[data[4:].decode()] = unpack_from(">I", data)[0]
             if (option, kind) == (7, 1):
                 return
 
@@ -101,6 +130,7 @@ class Client:
         request, offset, wanted = self._wanted.pop(cookie)
         data, covered, error = bytearray(wanted if request == READ else 0), 0, 0
         kinds, extents = [], []
+        status = self.status = {}
         while True:
             body = self.take(length)
             kinds.append(kind)
@@ -113,6 +143,7 @@ class Client:
                 covered += size
             elif kind == 5:
                 extents = [unpack_from(">II", body, at) for at in range(4, length, 8)]
+                status[unpack_from(">I", body)[0]] = tuple(extents)
             elif kind & 0x8000:
                 (error,) = unpack_from(">I", body)
             else:
@@ -150,7 +181,7 @@ class Client:
         return True
 
     def close(self) -> None:
-        self.sock.close()
+        self._raw.close()
 
     def __enter__(self) -> Client:
         return self

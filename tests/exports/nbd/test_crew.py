@@ -18,7 +18,8 @@ SIZE = 8 * MIB
 
 
 def members(served: Served) -> int:
-    return len(served.server._crews[served.disk]._members)
+    crew = served.server._crews.get(served.disk)  # made only after the client has its answer
+    return len(crew._members) if crew is not None else 0
 
 
 def into_crew(served: Served, *clients: Client) -> None:

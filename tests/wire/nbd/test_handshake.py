@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diskwright.errors import ProtocolError
-from diskwright.wire.nbd.handshake import CLOSED, OPTIONS, TRANSMISSION, ExportInfo, ServerHandshake
+from diskwright.wire.nbd.handshake import CLOSED, OPTIONS, SECURING, TRANSMISSION, ExportInfo, ServerHandshake, Tls
 
 # Numbers of the protocol document, written out: the tests must not share a mistake with the code.
 IHAVEOPT = 0x49484156454F5054
@@ -68,7 +68,7 @@ def test_go_tells_size_and_flags_and_enters() -> None:
     assert infos[3] == pack(">HIII", 3, 1, 65536, 32 << 20)
     assert answer[-1][:2] == (GO, ACK)
     assert shake.state == TRANSMISSION and shake.chosen is not None
-    assert (shake.chosen.name, shake.chosen.structured, shake.chosen.base_allocation) == ("disk", False, False)
+    assert (shake.chosen.name, shake.chosen.structured, shake.chosen.contexts) == ("disk", False, ())
 
 
 def test_info_tells_the_same_and_stays() -> None:
@@ -142,7 +142,7 @@ def test_meta_contexts_listed_and_set(queries: tuple[str, ...], listed: int, cho
     assert [kind for _, kind, _ in answer] == [META] * chosen + [ACK]
     assert all(unpack_from(">I", data)[0] for _, kind, data in answer if kind == META)
     shake.feed(option(GO, name_and("disk")))
-    assert shake.chosen is not None and shake.chosen.base_allocation == bool(chosen)
+    assert shake.chosen is not None and bool(shake.chosen.contexts) == bool(chosen)
 
 
 @pytest.mark.parametrize(
@@ -158,14 +158,14 @@ def test_a_later_set_replaces_the_contexts(later: bytes) -> None:
     shake = begun()
     shake.feed(option(STRUCTURED) + option(SET_META, meta("disk", "base:allocation")) + later)
     shake.feed(option(GO, name_and("disk")))
-    assert shake.chosen is not None and not shake.chosen.base_allocation
+    assert shake.chosen is not None and not shake.chosen.contexts
 
 
 def test_listing_does_not_change_what_is_set() -> None:
     shake = begun()
     shake.feed(option(STRUCTURED) + option(SET_META, meta("disk", "base:allocation")))
     shake.feed(option(LIST_META, meta("disk", "other:x")) + option(GO, name_and("disk")))
-    assert shake.chosen is not None and shake.chosen.base_allocation
+    assert shake.chosen is not None and shake.chosen.contexts
 
 
 @pytest.mark.parametrize("number", [INFO, GO])
@@ -266,3 +266,83 @@ def _feed_in_steps(data: bytes, step: int) -> None:
     assert said < 64 * 1024
     if shake.state == TRANSMISSION:
         assert shake.chosen is not None and shake.chosen.name in EXPORTS
+
+
+TLS_REQD = 0x80000005
+CONTEXTS = ("base:allocation", "qemu:allocation-depth", "qemu:dirty-bitmap:a", "qemu:dirty-bitmap:a:b")
+RICH = {"": ExportInfo(1 << 20, 0x0D, contexts=CONTEXTS)}
+
+
+@pytest.mark.parametrize(
+    "queries, listed, chosen",
+    [
+        ((), [0, 1, 2, 3], []),
+        (("base:",), [0], []),
+        (("qemu:",), [1, 2, 3], []),
+        (("qemu:dirty-bitmap:",), [2, 3], []),
+        (("qemu:dirty-bitmap:a",), [2], [2]),
+        (("qemu:dirty-bitmap:a:",), [], []),
+        (("qemu:dirty-bitmap:a:b", "base:allocation", "base:allocation"), [0, 3], [0, 3]),
+        (("qemu:allocation-depth", "qemu:nothing", "nonsense", ""), [1], [1]),
+    ],
+)
+def test_contexts_of_several_namespaces(queries: tuple[str, ...], listed: list[int], chosen: list[int]) -> None:
+    shake = ServerHandshake(RICH)
+    shake.feed(pack(">I", 3) + option(STRUCTURED))
+    answer = replies(shake.feed(option(LIST_META, meta("", *queries))))
+    assert [data[4:].decode() for _, kind, data in answer if kind == META] == [CONTEXTS[n] for n in listed]
+    answer = replies(shake.feed(option(SET_META, meta("", *queries))))
+    ids = {data[4:].decode(): unpack_from(">I", data)[0] for _, kind, data in answer if kind == META}
+    assert ids == {CONTEXTS[n]: n + 1 for n in chosen}
+    shake.feed(option(GO, name_and("")))
+    assert shake.chosen is not None and shake.chosen.contexts == tuple(CONTEXTS[n] for n in chosen)
+
+
+def test_nothing_but_tls_is_told_where_it_is_required() -> None:
+    shake = ServerHandshake(EXPORTS, Tls.REQUIRED)
+    shake.feed(pack(">I", 3))
+    for number in (LIST, INFO, GO, STRUCTURED, LIST_META, SET_META, 4711):
+        assert kinds(shake.feed(option(number, name_and("")))) == [(number, TLS_REQD)]
+    assert kinds(shake.feed(option(STARTTLS, b"x"))) == [(STARTTLS, INVALID)]
+    assert kinds(shake.feed(option(STARTTLS))) == [(STARTTLS, ACK)]
+    assert shake.state == SECURING
+    shake.secured()
+    assert kinds(shake.feed(option(STARTTLS))) == [(STARTTLS, INVALID)]
+    assert kinds(shake.feed(option(LIST))) == [(LIST, SERVER), (LIST, SERVER), (LIST, ACK)]
+    shake.feed(option(GO, name_and("disk")))
+    assert shake.state == TRANSMISSION
+
+
+def test_the_old_way_in_is_shut_where_tls_is_required() -> None:
+    shake = ServerHandshake(EXPORTS, Tls.REQUIRED)
+    assert shake.feed(pack(">I", 3) + option(EXPORT_NAME)) == b""
+    assert shake.state == CLOSED and shake.chosen is None
+
+
+def test_abort_needs_no_tls() -> None:
+    shake = ServerHandshake(EXPORTS, Tls.REQUIRED)
+    shake.feed(pack(">I", 3))
+    assert kinds(shake.feed(option(ABORT))) == [(ABORT, ACK)]
+
+
+def test_tls_forgets_what_was_agreed_before() -> None:
+    shake = ServerHandshake(EXPORTS, Tls.OPTIONAL)
+    shake.feed(pack(">I", 3) + option(STRUCTURED) + option(SET_META, meta("disk", "base:allocation")))
+    shake.feed(option(STARTTLS))
+    shake.secured()
+    shake.feed(option(GO, name_and("disk")))
+    assert shake.chosen is not None and not shake.chosen.structured and not shake.chosen.contexts
+
+
+def test_optional_tls_may_be_left_out() -> None:
+    shake = ServerHandshake(EXPORTS, Tls.OPTIONAL)
+    shake.feed(pack(">I", 3) + option(GO, name_and("disk")))
+    assert shake.state == TRANSMISSION
+
+
+def test_bytes_behind_starttls_are_not_taken_for_what_came_through_it() -> None:
+    for more in (option(LIST), b"\0"):
+        shake = ServerHandshake(EXPORTS, Tls.OPTIONAL)
+        shake.feed(pack(">I", 3))
+        with pytest.raises(ProtocolError, match="between STARTTLS and its answer"):
+            shake.feed(option(STARTTLS) + more)

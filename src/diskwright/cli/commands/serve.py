@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 import signal
 import threading
+from typing import TYPE_CHECKING
 
-from diskwright.cli.common import add_source, cache_mode, graph_of, open_image
+from diskwright.cli.common import Failure, add_source, cache_mode, graph_of, open_image
+from diskwright.cli.objects import Objects, objects_of
 from diskwright.core.disk import Disk
 from diskwright.core.graph import Graph
 from diskwright.core.node import FormatNode, Node
 from diskwright.errors import OptionError
 from diskwright.exports.nbd import NbdExport, NbdServer
+
+if TYPE_CHECKING:
+    from diskwright.exports.nbd.tls import ServerTls
 
 SUMMARY = "serve an image over NBD"
 
@@ -22,6 +27,7 @@ DEFAULT_PORT = 10809
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
     add_listen_arguments(parser)
+    add_tls_arguments(parser)
     parser.add_argument("--read-only", action="store_true", help="refuse every write")
     parser.add_argument("--cache", default="writeback", help="cache mode: none, writeback, writethrough, ...")
     parser.add_argument("image", metavar="IMAGE", help="a file name or json: options")
@@ -35,6 +41,29 @@ def add_listen_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, help=f"TCP port (default: {DEFAULT_PORT}; 0: any free one)")
     parser.add_argument("--export", metavar="NAME", default="", help="name of the export (default: none)")
     parser.add_argument("--connections", metavar="N", type=int, default=64, help="how many clients at once (64)")
+
+
+def add_tls_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tls-creds", metavar="ID", help="speak TLS, with the credentials of an --object")
+    parser.add_argument("--tls-authz", metavar="ID", help="let in only whom this --object allows")
+    parser.add_argument("--tls-optional", action="store_true", help="let clients go without TLS as well")
+
+
+def server_tls(objects: Objects, creds: str | None, authz: str | None, *, optional: bool) -> ServerTls | None:
+    """How a server is to speak TLS; None when it is not asked to. Raises Failure or OptionError."""
+    if creds is None:
+        for given, name in ((authz is not None, "authz"), (optional, "optional")):
+            if given:
+                raise Failure(f"--tls-{name} is not permitted without --tls-creds")
+        return None
+    from diskwright.exports.nbd.tls import ServerTls
+
+    try:
+        credentials = objects.credentials(creds, "server")
+    except Failure as failure:
+        raise Failure(f"Failed to get TLS creds: {failure.message}") from None
+    allows = objects.authz(authz) if authz is not None else None
+    return ServerTls(credentials, required=not optional, allows=allows)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
         )
         guard(graph, node, args)
         disk = graph.disk(node)
-        server = start(args, disk, read_only=args.read_only)
+        tls = server_tls(objects_of(args.object), args.tls_creds, args.tls_authz, optional=args.tls_optional)
+        server = start(args, disk, read_only=args.read_only, tls=tls)
         try:
             print(f"Serving '{args.image}' ({disk.size} bytes) at {server.uri(args.export)}", flush=True)
             stop.event.wait()
@@ -71,11 +101,11 @@ def guard(graph: Graph, node: Node, args: argparse.Namespace) -> None:
         graph.insert_filter(ProbeGuard(node))
 
 
-def start(args: argparse.Namespace, disk: Disk, *, read_only: bool) -> NbdServer:
+def start(args: argparse.Namespace, disk: Disk, *, read_only: bool, tls: ServerTls | None = None) -> NbdServer:
     """A server on the place the arguments name, with ``disk`` as its only export."""
     if args.port is not None and args.socket is not None:
         raise OptionError("--port goes with --bind, not with --socket")
-    server = NbdServer(max_connections=args.connections)
+    server = NbdServer(max_connections=args.connections, tls=tls)
     server.add_export(NbdExport(args.export, disk, read_only=read_only))
     if args.socket is not None:
         server.listen_unix(args.socket)

@@ -5,7 +5,12 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from diskwright.core.tls.stream import TlsSocket
+
+    Stream = socket.socket | TlsSocket
 
 IOV_MAX: Final = 1000
 """Buffers handed to one sendmsg; the kernel takes 1024."""
@@ -16,7 +21,7 @@ Buffers = list[bytes | memoryview]
 class Channel:
     """A client's socket as those see it who answer the client. Thread-safe."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: Stream) -> None:
         self.socket = sock
         self.lock = threading.Lock()
         """Held while a reply is sent, from its first byte to its last."""
@@ -71,7 +76,7 @@ class Channel:
             pass  # it is gone already
 
 
-def send_all(sock: socket.socket, buffers: Sequence[bytes | memoryview]) -> None:
+def send_all(sock: Stream, buffers: Sequence[bytes | memoryview]) -> None:
     """Sends every byte. Raises OSError when the client is gone."""
     for first in range(0, len(buffers), IOV_MAX):
         part = buffers[first : first + IOV_MAX]

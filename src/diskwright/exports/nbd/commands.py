@@ -11,16 +11,16 @@ import errno
 import io
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final
 
 from diskwright.core.disk import Disk
 from diskwright.errors import DiskwrightError, errno_of
 from diskwright.exports.nbd.channel import Channel
+from diskwright.exports.nbd.contexts import MAX_DESCRIPTORS, Context, Look
 from diskwright.exports.nbd.places import Found, Places
 from diskwright.exports.nbd.replies import Replies
-from diskwright.extents import WINDOW
 from diskwright.units import MAX_REQUEST, KiB, MiB
 from diskwright.wire.nbd import constants as c
 
@@ -35,8 +35,6 @@ WORKERS: Final = 16
 """Requests of one client that wait for media at a time: what a disk's own queue makes use of."""
 MAX_AWAY: Final = 64
 """Requests of one client with its workers or waiting for one; more wait in its socket."""
-MAX_DESCRIPTORS: Final = 4096
-"""Runs in one block status reply; a client asks again for what is left out."""
 PIECE: Final = 64 * MiB
 """Zeroing and trimming are requests of the disk of at most this length, so that draining need not wait for long.
 A multiple of every format's cluster size."""
@@ -63,7 +61,14 @@ class Commands:
     """The commands of one connection. Called by its own thread, which may wait."""
 
     def __init__(
-        self, channel: Channel, places: Places, disk: Disk, replies: Replies, *, read_only: bool, contexts: bool
+        self,
+        channel: Channel,
+        places: Places,
+        disk: Disk,
+        replies: Replies,
+        *,
+        read_only: bool,
+        contexts: Sequence[tuple[int, Context]],
     ) -> None:
         self._channel, self._places, self._disk, self._replies = channel, places, disk, replies
         self._structured, self._read_only, self._contexts = replies.structured, read_only, contexts
@@ -245,20 +250,15 @@ class Commands:
         most = 1 if flags & c.CMD_FLAG_REQ_ONE else MAX_DESCRIPTORS
         try:
             with self._disk.request():
-                rows = self._disk.status(offset, min(length, WINDOW))
+                look = Look(self._disk, offset, length, most)
+                told = [(number, context.runs(look)) for number, context in self._contexts]
         except FAILURES as error:
             self._channel.put(self._replies.failed(cookie, wire_error(error), True))
             return
-        runs: list[tuple[int, int]] = []
-        for row in rows:
-            state = (c.STATE_ZERO if row.zero else 0) | (0 if row.data else c.STATE_HOLE)
-            if runs and runs[-1][1] == state:
-                runs[-1] = (runs[-1][0] + row.length, state)
-            elif len(runs) == most:
-                break
-            else:
-                runs.append((row.length, state))
-        self._channel.put(self._replies.status(cookie, runs))
+        last = told[-1][0]
+        self._channel.put(
+            b"".join([self._replies.status(cookie, number, runs, number == last) for number, runs in told])
+        )
 
     # -- workers -----------------------------------------------------------------------------------
 

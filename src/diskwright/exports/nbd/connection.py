@@ -17,10 +17,10 @@ import errno
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from time import perf_counter
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from diskwright.core.disk import Disk
 from diskwright.errors import ProtocolError
@@ -31,7 +31,10 @@ from diskwright.exports.nbd.places import SENDFILE, Places
 from diskwright.exports.nbd.replies import Replies
 from diskwright.units import MAX_REQUEST, KiB, MiB
 from diskwright.wire.nbd import constants as c
-from diskwright.wire.nbd.handshake import Chosen
+
+if TYPE_CHECKING:
+    from diskwright.exports.nbd.channel import Stream
+    from diskwright.exports.nbd.contexts import Context
 
 _HEADER: Final = c.REQUEST.size
 
@@ -79,18 +82,26 @@ class Clients:
 
 
 class Connection:
-    """One client in its transmission phase. ``serve`` is its whole life."""
+    """One client in its transmission phase. ``serve`` is its whole life. ``contexts`` are those that were agreed on,
+    with their ids."""
 
     def __init__(
-        self, sock: socket.socket, disk: Disk, read_only: bool, chosen: Chosen, clients: Clients, crew: Crew
+        self,
+        sock: Stream,
+        disk: Disk,
+        read_only: bool,
+        structured: bool,
+        contexts: Sequence[tuple[int, Context]],
+        clients: Clients,
+        crew: Crew,
     ) -> None:
         self._sock, self._disk, self._read_only = sock, disk, read_only
         self._clients, self._crew = clients, crew
-        self._replies = Replies(chosen.structured)
+        self._replies = Replies(structured)
         self._channel = Channel(sock)
         self._places = Places(sock, disk)
         self._commands = Commands(
-            self._channel, self._places, disk, self._replies, read_only=read_only, contexts=chosen.base_allocation
+            self._channel, self._places, disk, self._replies, read_only=read_only, contexts=contexts
         )
         self._view = memoryview(bytearray(RECEIVE))
         self._have = 0

@@ -7,6 +7,7 @@ not become another guest range's data, so the lease under which the bytes were f
   client has gone as well, and a full queue makes further reads go through memory.
 * A TCP socket tells what was acknowledged, but on one host the receiver's queue shares the pages too. So there
   ``sendfile`` serves only images whose bytes never move: those without clusters.
+* With TLS the kernel would send what nobody could decrypt: there it serves nothing.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ import struct
 import termios
 import threading
 from collections import deque
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from diskwright.core.disk import Disk
 from diskwright.core.driver import FilePlace
 from diskwright.core.node import Node
 from diskwright.units import KiB, MiB
+
+if TYPE_CHECKING:
+    from diskwright.exports.nbd.channel import Stream
 
 SENDFILE: Final = 64 * KiB
 """Reads from this length on are sent from the file itself; below it copying costs less than the calls."""
@@ -50,8 +54,9 @@ class Found:
 class Places:
     """The places one connection sends from. Used by the connection's own thread only."""
 
-    def __init__(self, sock: socket.socket, disk: Disk) -> None:
+    def __init__(self, sock: Stream, disk: Disk) -> None:
         self._sock, self._disk, self._leases = sock, disk, disk.graph.leases
+        self._plain = isinstance(sock, socket.socket)
         self._counts_unread = sock.family == socket.AF_UNIX
         self.pending: deque[tuple[int, int]] = deque()
         """``(bytes sent by then, lease)``, oldest first: places whose bytes may still be under way."""
@@ -62,6 +67,8 @@ class Places:
     def find(self, offset: int, length: int) -> Found | None:
         """Where the first bytes of the range lie, when it is worth sending them from there. Raises what ``Disk``
         raises. What it returns goes to ``send``, which gives it up."""
+        if not self._plain:
+            return None
         if len(self.pending) >= MAX_PENDING:
             self.release()
             if len(self.pending) >= MAX_PENDING:

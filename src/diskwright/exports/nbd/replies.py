@@ -51,11 +51,10 @@ class Replies:
             return c.CHUNK.pack(c.CHUNK_MAGIC, c.CHUNK_DONE, c.CHUNK_NONE, cookie, 0)
         return _simple(c.SIMPLE_REPLY_MAGIC, 0, cookie)
 
-    def status(self, cookie: int, runs: Sequence[tuple[int, int]]) -> bytes:
-        """``runs`` are (length, state flags) of base:allocation."""
-        head = c.STATUS_CHUNK.pack(
-            c.CHUNK_MAGIC, c.CHUNK_DONE, c.CHUNK_BLOCK_STATUS, cookie, 4 + 8 * len(runs), c.BASE_ALLOCATION_ID
-        )
+    def status(self, cookie: int, context: int, runs: Sequence[tuple[int, int]], last: bool) -> bytes:
+        """``runs`` are (length, state flags) of the context with that id."""
+        flags = c.CHUNK_DONE if last else 0
+        head = c.STATUS_CHUNK.pack(c.CHUNK_MAGIC, flags, c.CHUNK_BLOCK_STATUS, cookie, 4 + 8 * len(runs), context)
         return head + b"".join(c.DESCRIPTOR.pack(*run) for run in runs)
 
 

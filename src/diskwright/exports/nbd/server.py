@@ -9,17 +9,24 @@ import socket
 import stat
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
 from diskwright.core.disk import Disk
 from diskwright.errors import GraphError, ProtocolError
 from diskwright.exports.nbd.connection import Clients, Connection
+from diskwright.exports.nbd.contexts import BaseAllocation, Context
 from diskwright.exports.nbd.crew import Crew
 from diskwright.units import KiB
 from diskwright.wire.nbd import constants as c
-from diskwright.wire.nbd.handshake import CLOSED, TRANSMISSION, ExportInfo, ServerHandshake
+from diskwright.wire.nbd.handshake import CLOSED, SECURING, TRANSMISSION, Chosen, ExportInfo, ServerHandshake, Tls
+
+if TYPE_CHECKING:
+    from diskwright.core.tls.stream import TlsSocket
+    from diskwright.exports.nbd.channel import Stream
+    from diskwright.exports.nbd.tls import ServerTls
 
 _log: Final = logging.getLogger(__name__)
 
@@ -33,29 +40,53 @@ _ACCEPT_PAUSE: Final = 0.05
 
 @dataclass(frozen=True)
 class NbdExport:
-    """A disk under a name."""
+    """A disk under a name. ``contexts`` are what block status can tell of it."""
 
     name: str
     disk: Disk
     description: str = ""
     read_only: bool = False
+    contexts: tuple[Context, ...] = (BaseAllocation(),)
+    multi: bool = True
+    """Whether clients are told that they may come over several connections."""
 
     def info(self) -> ExportInfo:
         """What a client is told at this moment."""
-        flags = c.FLAG_HAS_FLAGS | c.FLAG_SEND_FLUSH | c.FLAG_CAN_MULTI_CONN | c.FLAG_SEND_CACHE
+        flags = c.FLAG_HAS_FLAGS | c.FLAG_SEND_FLUSH | c.FLAG_SEND_CACHE | (c.FLAG_CAN_MULTI_CONN if self.multi else 0)
         if self.read_only or self.disk.read_only:
             flags |= c.FLAG_READ_ONLY
         else:
             flags |= c.FLAG_SEND_FUA | c.FLAG_SEND_TRIM | c.FLAG_SEND_WRITE_ZEROES | c.FLAG_SEND_FAST_ZERO
         preferred = max(4 * KiB, min(self.disk.node.cluster_size, 64 * KiB))
-        return ExportInfo(self.disk.size, flags, self.description, 1, preferred)
+        return ExportInfo(self.disk.size, flags, self.description, 1, preferred, self._names())
+
+    def _names(self) -> tuple[str, ...]:
+        return tuple(context.name for context in self.contexts)
+
+    def chosen_contexts(self, chosen: Chosen) -> list[tuple[int, Context]]:
+        """Those a client has chosen, with their ids."""
+        return [(n, each) for n, each in enumerate(self.contexts, 1) if each.name in chosen.contexts]
 
 
 class NbdServer:
-    """Serves exports to many clients. ``start`` after at least one ``listen_...``; ``close`` ends everything."""
+    """Serves exports to many clients. ``start`` after at least one ``listen_...``; ``close`` ends everything.
 
-    def __init__(self, *, max_connections: int = 64, handshake_timeout: float = HANDSHAKE_TIMEOUT) -> None:
+    Of more than ``max_connections`` clients the last are turned away; with ``queue`` they wait until others have left,
+    in the listener's own queue. ``on_leave`` is called when a client has left, with whether it had chosen an export,
+    and how many are left; by that client's thread, which must not wait there.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_connections: int = 64,
+        handshake_timeout: float = HANDSHAKE_TIMEOUT,
+        tls: ServerTls | None = None,
+        queue: bool = False,
+        on_leave: Callable[[bool, int], None] | None = None,
+    ) -> None:
         self._max, self._timeout = max_connections, handshake_timeout
+        self._tls, self._queue, self._on_leave = tls, queue, on_leave
         self._exports: dict[str, NbdExport] = {}
         self._listeners: list[socket.socket] = []
         self._unix_paths: list[tuple[str, int]] = []
@@ -111,14 +142,21 @@ class NbdServer:
         address: tuple[str, int] = listener.getsockname()[:2]
         return address
 
+    def listen_on(self, listener: socket.socket) -> None:
+        """Takes a socket that listens already, as a service manager passes one. It is closed at the end; a unix
+        socket's file is left to who made it."""
+        listener.setblocking(True)
+        self._listeners.append(listener)
+
     def uri(self, name: str = "") -> str:
         """The NBD URI of an export at the first place listened on."""
         listener = self._listeners[0]
+        scheme = "nbds" if self._tls is not None and self._tls.required else "nbd"
         if listener.family == socket.AF_UNIX:
-            return f"nbd+unix:///{quote(name)}?socket={quote(listener.getsockname(), safe='/')}"
+            return f"{scheme}+unix:///{quote(name)}?socket={quote(listener.getsockname(), safe='/')}"
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        return f"nbd://{shown}:{port}/{quote(name)}"
+        return f"{scheme}://{shown}:{port}/{quote(name)}"
 
     def start(self) -> None:
         """Begins to accept clients."""
@@ -162,14 +200,22 @@ class NbdServer:
     def _accept(self) -> None:
         poller = select.poll()
         by_fd = {listener.fileno(): listener for listener in self._listeners}
-        for fd in (*by_fd, self._woken):
-            poller.register(fd, select.POLLIN)
+        poller.register(self._woken, select.POLLIN)
         for listener in self._listeners:
             listener.setblocking(False)
+            poller.register(listener, select.POLLIN)
         while not self._closing:
             for fd, _ in poller.poll():
-                if fd in by_fd:
+                if fd not in by_fd:
+                    os.read(self._woken, 64)
+                elif not self._is_full():
                     self._take(by_fd[fd])
+            for fd in by_fd:
+                # Nobody is looked for while there is no place; who leaves then wakes this thread.
+                poller.modify(fd, 0 if self._is_full() else select.POLLIN)
+
+    def _is_full(self) -> bool:
+        return self._queue and len(self._clients) >= self._max
 
     def _take(self, listener: socket.socket) -> None:
         try:
@@ -195,16 +241,26 @@ class NbdServer:
                 _log.warning("Could not start a thread for an NBD client: %s", error)
 
     def _serve(self, client: socket.socket) -> None:
+        served = False
         try:
-            self._converse(client)
+            agreed = self._agree(client)
+            if agreed is not None:
+                served = True
+                self._transmit(*agreed)
         except (ProtocolError, OSError, GraphError) as error:
             _log.info("An NBD client's connection ended: %s", error)
         except Exception:
             _log.exception("An NBD client's connection failed")
         finally:
             with self._lock:
+                was_full = self._is_full()
                 self._forget(client)
+                left = len(self._clients)
                 self._lock.notify_all()
+                if was_full and not self._closing:
+                    os.write(self._wake, b"x")
+            if self._on_leave is not None:
+                self._on_leave(served, left)
 
     def _forget(self, client: socket.socket) -> None:
         """Under the lock."""
@@ -212,35 +268,63 @@ class NbdServer:
         self._shared.connected = len(self._clients)
         client.close()
 
-    def _converse(self, client: socket.socket) -> None:
+    def _agree(self, client: socket.socket) -> tuple[Stream, NbdExport, Chosen, bytes] | None:
+        """Shakes hands: what the client goes on over, what it has chosen, and what it has sent since; None when it has
+        chosen nothing."""
         if client.family != socket.AF_UNIX:
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host that died frees its place
         with self._lock:
             exports = dict(self._exports)
-        shake = ServerHandshake({name: export.info() for name, export in exports.items()})
+        infos = {name: export.info() for name, export in exports.items()}
+        shake = ServerHandshake(infos, Tls.NONE if self._tls is None else self._tls.kind)
         deadline = time.monotonic() + self._timeout
         client.settimeout(self._timeout)
-        client.sendall(shake.greeting())
+        stream: socket.socket | TlsSocket = client
+        stream.sendall(shake.greeting())
         while shake.state not in (TRANSMISSION, CLOSED):
-            data = client.recv(4096)
+            data = stream.recv(4096)
             if not data:
-                return
+                return None
             answer = shake.feed(data)
             left = deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError(f"no agreement within {self._timeout:g} seconds")
             client.settimeout(left)  # for all of it together: a byte now and then must not keep a place
-            if answer:
-                client.sendall(answer)
+            if answer and not self._reply(stream, answer, shake.state == CLOSED):
+                return None
+            if shake.state == SECURING and self._tls is not None:
+                stream = self._tls.secure(client, left)
+                shake.secured()
         if shake.chosen is None:
-            return
+            return None
         client.settimeout(None)
-        export = exports[shake.chosen.name]
+        return stream, exports[shake.chosen.name], shake.chosen, shake.rest
+
+    def _reply(self, stream: Stream, answer: bytes, farewell: bool) -> bool:
+        """Sends an answer. False when it was the last, and nobody waited for it."""
+        try:
+            stream.sendall(answer)
+        except OSError:
+            if farewell:
+                return False
+            raise
+        return True
+
+    def _transmit(self, stream: Stream, export: NbdExport, chosen: Chosen, rest: bytes) -> None:
+        """Serves a client until it leaves."""
         read_only = export.read_only or export.disk.read_only
+        contexts = export.chosen_contexts(chosen)
+        plain = isinstance(stream, socket.socket)
+        # A crew's leader looks at sockets, and what TLS has decrypted is not in one: there each has its own thread.
         with self._lock:
-            crew = self._crews.setdefault(export.disk, Crew())
-        Connection(client, export.disk, read_only, shake.chosen, self._shared, crew).serve(shake.rest)
+            crew = self._crews.setdefault(export.disk, Crew()) if plain else Crew()
+        connection = Connection(stream, export.disk, read_only, chosen.structured, contexts, self._shared, crew)
+        try:
+            connection.serve(rest)
+        finally:
+            if not isinstance(stream, socket.socket):
+                stream.finish()
 
 
 def _shut(client: socket.socket, how: int) -> None:

@@ -12,6 +12,10 @@ from typing import Final
 # -- handshake -----------------------------------------------------------------------------------
 
 GREETING: Final = b"NBDMAGICIHAVEOPT"
+INIT_MAGIC: Final = 0x4E42444D41474943
+"""``NBDMAGIC``, the first thing any server says."""
+OLDSTYLE_MAGIC: Final = 0x00420281861253
+"""What follows it where nothing is negotiated."""
 OPTION_REPLY_MAGIC: Final = 0x3E889045565A9
 OPTION_MAGIC: Final = 0x49484156454F5054
 """``IHAVEOPT``, before every option."""
@@ -37,8 +41,11 @@ REP_ERROR: Final = 1 << 31
 REP_ERR_UNSUP: Final = REP_ERROR + 1
 REP_ERR_POLICY: Final = REP_ERROR + 2
 REP_ERR_INVALID: Final = REP_ERROR + 3
+REP_ERR_PLATFORM: Final = REP_ERROR + 4
+REP_ERR_TLS_REQD: Final = REP_ERROR + 5
 REP_ERR_UNKNOWN: Final = REP_ERROR + 6
 REP_ERR_SHUTDOWN: Final = REP_ERROR + 7
+REP_ERR_BLOCK_SIZE_REQD: Final = REP_ERROR + 8
 REP_ERR_TOO_BIG: Final = REP_ERROR + 9
 
 INFO_EXPORT: Final = 0
@@ -105,9 +112,14 @@ STATUS_CHUNK: Final = Struct(">IHHQII")  # a chunk header, then the context's id
 DESCRIPTOR: Final = Struct(">II")  # length, flags
 
 BASE_ALLOCATION: Final = "base:allocation"
+ALLOCATION_DEPTH: Final = "qemu:allocation-depth"
+DIRTY_BITMAP: Final = "qemu:dirty-bitmap:"
+"""Before a bitmap's name. These two contexts are described with QEMU (docs/interop/nbd), not with the protocol."""
 BASE_ALLOCATION_ID: Final = 1
+"""A context's id is its place among those of its export, counted from 1."""
 STATE_HOLE: Final = 1 << 0
 STATE_ZERO: Final = 1 << 1
+STATE_DIRTY: Final = 1 << 0
 
 _WIRE_ERRORS: Final = {
     errno.EPERM: 1,

@@ -1,13 +1,15 @@
 """The server's side of NBD's fixed newstyle handshake, as a machine of bytes.
 
 Feed it what the client sends; send what it returns. It ends in ``TRANSMISSION`` (then ``chosen`` tells what was
-agreed, and ``rest`` holds bytes that came after the handshake) or in ``CLOSED``.
+agreed, and ``rest`` holds bytes that came after the handshake) or in ``CLOSED``. In between it may come to
+``SECURING``: then TLS is to be set up, and ``secured`` called.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from struct import pack, unpack_from
 from typing import Final, NamedTuple
 
@@ -19,6 +21,17 @@ GREETED: Final = "greeted"
 OPTIONS: Final = "options"
 TRANSMISSION: Final = "transmission"
 CLOSED: Final = "closed"
+SECURING: Final = "securing"
+
+
+class Tls(Enum):
+    """Whether a server has TLS."""
+
+    NONE = "none"
+    OPTIONAL = "optional"
+    """For clients that ask for it."""
+    REQUIRED = "required"
+    """Who does not ask for it learns nothing."""
 
 
 class ExportInfo(NamedTuple):
@@ -29,27 +42,30 @@ class ExportInfo(NamedTuple):
     description: str = ""
     minimum_block: int = 1
     preferred_block: int = 4096
+    contexts: tuple[str, ...] = (c.BASE_ALLOCATION,)
+    """What block status can tell of it."""
 
 
 @dataclass
 class Chosen:
-    """What client and server agreed upon."""
+    """What client and server agreed upon. ``contexts`` are those block status is to tell."""
 
     name: str
     structured: bool
-    base_allocation: bool
+    contexts: tuple[str, ...] = ()
 
 
 class ServerHandshake:
     """One client's handshake. Raises ProtocolError when the client breaks the protocol or a limit."""
 
-    def __init__(self, exports: Mapping[str, ExportInfo]) -> None:
-        self._exports = exports
+    def __init__(self, exports: Mapping[str, ExportInfo], tls: Tls = Tls.NONE) -> None:
+        self._exports, self._tls = exports, tls
+        self._secure = False
         self._data = bytearray()
         self._options = 0
         self._no_zeroes = False
         self._structured = False
-        self._context_for: str | None = None
+        self._contexts: tuple[str, tuple[str, ...]] | None = None  # an export, and what was chosen of it
         self.state = GREETED
         self.chosen: Chosen | None = None
 
@@ -69,6 +85,12 @@ class ServerHandshake:
         while self.state in (GREETED, OPTIONS) and self._step(out):
             pass
         return bytes(out)
+
+    def secured(self) -> None:
+        """TLS has been set up: what is fed from now on came through it. What was agreed upon before is forgotten, since
+        somebody else may have had a hand in it."""
+        self._secure, self._structured, self._contexts = True, False, None
+        self.state = OPTIONS
 
     def _step(self, out: bytearray) -> bool:
         """One message, when it is whole. False when more bytes are needed."""
@@ -100,11 +122,18 @@ class ServerHandshake:
         return True
 
     def _option(self, option: int, data: bytes, out: bytearray) -> None:
-        if option == c.OPT_EXPORT_NAME:
-            self._export_name(data, out)
-        elif option == c.OPT_ABORT:
+        if option == c.OPT_ABORT:
             self._reply(out, option, c.REP_ACK)
             self.state = CLOSED
+        elif option == c.OPT_STARTTLS:
+            self._start_tls(data, out)
+        elif self._tls is Tls.REQUIRED and not self._secure:
+            if option == c.OPT_EXPORT_NAME:
+                self.state = CLOSED
+            else:
+                self._refuse(out, option, c.REP_ERR_TLS_REQD, f"option {option} needs TLS, which was not begun")
+        elif option == c.OPT_EXPORT_NAME:
+            self._export_name(data, out)
         elif option == c.OPT_LIST:
             self._list(data, out)
         elif option in (c.OPT_INFO, c.OPT_GO):
@@ -117,10 +146,22 @@ class ServerHandshake:
                 self._reply(out, option, c.REP_ACK)
         elif option in (c.OPT_LIST_META_CONTEXT, c.OPT_SET_META_CONTEXT):
             self._meta_context(option, data, out)
-        elif option == c.OPT_STARTTLS:
-            self._refuse(out, option, c.REP_ERR_POLICY, "this server has no TLS")
         else:
             self._refuse(out, option, c.REP_ERR_UNSUP, f"option {option} is not supported")
+
+    def _start_tls(self, data: bytes, out: bytearray) -> None:
+        if data:
+            self._refuse(out, c.OPT_STARTTLS, c.REP_ERR_INVALID, "this option has no data")
+        elif self._tls is Tls.NONE:
+            self._refuse(out, c.OPT_STARTTLS, c.REP_ERR_POLICY, "this server has no TLS")
+        elif self._secure:
+            self._refuse(out, c.OPT_STARTTLS, c.REP_ERR_INVALID, "TLS was begun already")
+        elif self._data:
+            # A client waits for the answer. Who slips in bytes here wants them taken for what came through TLS.
+            raise ProtocolError(f"NBD client sent {len(self._data)} bytes between STARTTLS and its answer")
+        else:
+            self._reply(out, c.OPT_STARTTLS, c.REP_ACK)
+            self.state = SECURING
 
     def _export_name(self, data: bytes, out: bytearray) -> None:
         """The old way in; it has no way to refuse but to hang up."""
@@ -135,7 +176,10 @@ class ServerHandshake:
         self._enter(name)
 
     def _enter(self, name: str) -> None:
-        self.chosen = Chosen(name, self._structured, self._structured and self._context_for == name)
+        contexts: tuple[str, ...] = ()
+        if self._structured and self._contexts is not None and self._contexts[0] == name:
+            contexts = self._contexts[1]
+        self.chosen = Chosen(name, self._structured, contexts)
         self.state = TRANSMISSION
 
     def _flags(self, info: ExportInfo) -> int:
@@ -177,7 +221,7 @@ class ServerHandshake:
     def _meta_context(self, option: int, data: bytes, out: bytearray) -> None:
         listing = option == c.OPT_LIST_META_CONTEXT
         if not listing:
-            self._context_for = None  # what was set before is gone, also when this fails
+            self._contexts = None  # what was set before is gone, also when this fails
         parsed = _parse_meta(data)
         if parsed is None or not self._structured:
             why = "malformed request" if parsed is None else "negotiate structured replies first"
@@ -187,12 +231,13 @@ class ServerHandshake:
         if name not in self._exports:
             self._refuse(out, option, c.REP_ERR_UNKNOWN, f"export '{name}' not present")
             return
-        fits = c.BASE_ALLOCATION in queries or (listing and (not queries or "base:" in queries))
-        if fits:
-            if not listing:
-                self._context_for = name
-            number = 0 if listing else c.BASE_ALLOCATION_ID
-            self._reply(out, option, c.REP_META_CONTEXT, pack(">I", number) + c.BASE_ALLOCATION.encode())
+        there = self._exports[name].contexts
+        found = _matching(there, queries, listing)
+        if not listing:
+            self._contexts = name, found
+        for context in found:
+            number = 0 if listing else there.index(context) + 1
+            self._reply(out, option, c.REP_META_CONTEXT, pack(">I", number) + context.encode())
         self._reply(out, option, c.REP_ACK)
 
     def _reply(self, out: bytearray, option: int, kind: int, data: bytes = b"") -> None:
@@ -200,6 +245,19 @@ class ServerHandshake:
 
     def _refuse(self, out: bytearray, option: int, kind: int, why: str) -> None:
         self._reply(out, option, kind, why.encode()[: c.MAX_STRING])
+
+
+_GROUPS: Final = ("base:", "qemu:", c.DIRTY_BITMAP)
+"""Queries that, in a list, stand for all contexts that begin so."""
+
+
+def _matching(contexts: tuple[str, ...], queries: list[str], listing: bool) -> tuple[str, ...]:
+    """The contexts that were asked for, in their own order. To set one it has to be named in full."""
+    if listing and not queries:
+        return contexts
+    wanted = set(queries)
+    groups = tuple(wanted.intersection(_GROUPS)) if listing else ()
+    return tuple(each for each in contexts if each in wanted or each.startswith(groups))
 
 
 def _parse_info(data: bytes) -> tuple[str, list[int]] | None:

@@ -1,0 +1,1 @@
+"""The parts of ``qemu-nbd``'s command line, which ``commands.nbd`` puts together."""
