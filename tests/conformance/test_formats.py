@@ -144,3 +144,13 @@ class TestVdi(FormatConformance):
 class TestVdiStatic(TestVdi):
     create_options = {"static": True}
     sparse = False
+
+
+class TestParallels(FormatConformance):
+    format_name = "parallels"
+    can_grow = False
+    model_examples = 15
+
+
+class TestParallelsOddClusters(TestParallels):
+    create_options = {"cluster-size": 3584}

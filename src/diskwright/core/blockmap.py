@@ -25,6 +25,7 @@ import threading
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 
 from diskwright.core.driver import Format, Reservation
@@ -98,7 +99,8 @@ class BlockMap(Format):
         self._young = table.young.get
         self._items = table.items
         self._turns = Turns(self.lock)
-        self._surveyed = False
+        self.surveyed = False
+        """Whether something may have been changed."""
         self._end = self._fresh = 0  # where the next block goes; from where on nothing was ever written
         self._begun = self._completed = 0  # flushes
         self._most_changed = max(16, CACHE_BYTES // 2 // table.slice_bytes)
@@ -263,12 +265,12 @@ class BlockMap(Format):
 
     def survey(self) -> None:
         """Reads the whole table, once, before the first change. Raises CorruptImage when two blocks share a place."""
-        if self._surveyed:
+        if self.surveyed:
             return
         with self.flush_lock, self.lock:
-            if not self._surveyed:
+            if not self.surveyed:
                 self._survey()
-                self._surveyed = True
+                self.surveyed = True
 
     def _survey(self) -> None:
         import numpy as np
@@ -333,7 +335,7 @@ class BlockMap(Format):
 
     def in_place(self, offset: int, length: int) -> int:
         """See ``Format.in_place``."""
-        if not self._surveyed:
+        if not self.surveyed:
             self.survey()
         run = self.extent_at(offset, length)
         return run[3] if run[1] == length and run[2] == DATA else -1
@@ -413,7 +415,7 @@ class BlockMap(Format):
             run = self.extent_at(first * size, min(stop * size, self.size) - first * size)
             blocks = -(-run.length // size)
             if run.kind in (UNALLOCATED, ZERO):
-                if run.kind == ZERO or self.backing is None:
+                if run.kind == ZERO or not self.has_backing:
                     return run.offset, run.length
                 if self.zero_entry is not None:
                     count = self._set_zero(first, min(first + blocks, (first // self._items + 1) * self._items))
@@ -470,11 +472,12 @@ class BlockMap(Format):
             self._begun += 1
             ticket = self._begun
             with self.lock:
-                first = self.capture_first() if self._surveyed else []
+                first = self.capture_first() if self.surveyed else []
                 stages = self._capture()
             try:
                 if first:
                     self.file.writev(first)
+                self._complete_last_block()
                 self.file.flush()
                 for pieces in stages:
                     if pieces:
@@ -487,6 +490,12 @@ class BlockMap(Format):
             self._settle()
             self._completed = ticket
 
+    def _complete_last_block(self) -> None:
+        """Zeros at the end of a new block need not be written; but other programs want all of it to be in the file."""
+        if self.surveyed and self.file.size < self._end:
+            with suppress(OSError):  # storages of a fixed size cannot, and need not
+                self.file.resize(self._end)
+
     def _capture(self) -> list[list[Piece]]:
         """What has changed in the tables, in the order it has to become durable."""
         return [self.table.capture()]
@@ -498,7 +507,7 @@ class BlockMap(Format):
         self.table.restore()
 
     def close(self) -> None:
-        if self._surveyed and (self.table.changed or self.capture_first()):
+        if self.surveyed and (self.table.changed or self.capture_first()):
             self.write_back()
 
 

@@ -34,6 +34,7 @@ _HYPHENATED: Final = (
     "detached_header",
 )  # fmt: skip
 _ALWAYS: Final[Mapping[str, Mapping[str, str]]] = {
+    "parallels": {"cluster_size": "1048576"},
     "vdi": {"static": "off"},
     "qcow2": {
         "cluster_size": "65536",
