@@ -59,6 +59,10 @@ class OptionError(GraphError):
     """An option is unknown, missing, or has a value outside its type."""
 
 
+class OutOfRange(OptionError):
+    """A number is larger than what asks for it can take."""
+
+
 class JobError(DiskwrightError):
     """A job failed or was asked for something its state does not allow; the cause is chained."""
 

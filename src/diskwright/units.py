@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from diskwright.errors import OptionError
+from diskwright.errors import OptionError, OutOfRange
 
 KiB: Final = 1 << 10
 MiB: Final = 1 << 20
@@ -29,23 +29,31 @@ MAX_BACKING_NAME: Final = 1023
 _SUFFIX: Final = {"b": 1, "k": KiB, "m": MiB, "g": GiB, "t": TiB, "p": 1 << 50, "e": 1 << 60}
 
 
-def parse_size(text: str) -> int:
-    """Bytes for ``text``: digits, optionally a fraction, optionally one suffix of b k M G T P E (powers of 1024).
+def parse_size(text: str, *, most: int = MAX_DISK_SIZE) -> int:
+    """Bytes for ``text``: digits, optionally a fraction, optionally one suffix of b k M G T P E (powers of 1024); or
+    0x and hexadecimal digits. A fraction of less than a byte is cut off.
 
-    Raises OptionError for anything else, for negative sizes and for those above ``MAX_DISK_SIZE``.
+    Raises OutOfRange for sizes above ``most``, else OptionError for anything else, negative sizes included.
     """
-    body, scale = text.strip(), 1
-    if body and body[-1].lower() in _SUFFIX:
-        body, scale = body[:-1], _SUFFIX[body[-1].lower()]
-    whole, dot, fraction = body.partition(".")
-    if not body.isascii() or not whole.isdigit() or (dot and not fraction.isdigit()):
-        raise OptionError(f"Invalid size '{text}': give bytes, or a number with one of the suffixes k, M, G, T, P, E")
-    value = int(whole) * scale
-    if dot:
-        value += int(fraction) * scale // 10 ** len(fraction)
-    if value > MAX_DISK_SIZE:
-        raise OptionError(f"Size '{text}' is larger than the largest possible disk, {MAX_DISK_SIZE} bytes")
+    body, scale = text.lstrip().removeprefix("+"), 1
+    if body[:2].lower() == "0x" and _is_hex(body[2:]):
+        value = int(body, 16)
+    else:
+        if body and body[-1].lower() in _SUFFIX:
+            body, scale = body[:-1], _SUFFIX[body[-1].lower()]
+        whole, dot, fraction = body.partition(".")
+        if not body.isascii() or not whole.isdigit() or (fraction and (scale == 1 or not fraction.isdigit())):
+            raise OptionError(f"Invalid size '{text}': give bytes, or a number with a suffix k, M, G, T, P or E")
+        value = int(whole) * scale
+        if dot and fraction:
+            value += int(fraction) * scale // 10 ** len(fraction)
+    if value > most:
+        raise OutOfRange(f"Size '{text}' is larger than the largest possible, {most} bytes")
     return value
+
+
+def _is_hex(digits: str) -> bool:
+    return bool(digits) and all(digit in "0123456789abcdefABCDEF" for digit in digits)
 
 
 def human_size(size: int) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final
 
 from diskwright.cli.faces import program
-from diskwright.errors import DiskwrightError, ImageLocked, OptionError, message_of
+from diskwright.cli.failure import Failure, UsageError
+from diskwright.cli.parser import Parser
+from diskwright.errors import DiskwrightError, ImageLocked, OptionError, OutOfRange, message_of
 
 if TYPE_CHECKING:
     from diskwright.core.gate import Gate
@@ -18,90 +19,9 @@ if TYPE_CHECKING:
     from diskwright.core.secrets import Secrets
 
 
+__all__ = ["Failure", "Parser", "UsageError"]  # commands find these here too
+
 CACHE_MODES: Final = ("none", "writeback", "writethrough", "directsync", "unsafe")
-
-_SIZE_HINT: Final = (
-    "{} is not a size: give bytes, or a number with one of the suffixes k, M, G, T, P or E, which stand for "
-    "powers of 1024"
-)
-
-
-class Failure(Exception):
-    """A command ends with this line on standard error and this exit code."""
-
-    def __init__(self, message: str, code: int = 1) -> None:
-        super().__init__(message)
-        self.message, self.code = message, code
-
-
-class UsageError(Failure):
-    """The command line itself is wrong; the user is pointed to the help text."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with this program's way of failing, and options and operands in any order."""
-
-    last_is_operand = False
-    """Whether the last word is an operand whatever it looks like: sizes may begin with a hyphen."""
-
-    def __init__(self, *, prog: str | None = None, description: str | None = None) -> None:
-        super().__init__(prog=prog, description=description, formatter_class=_formatter)
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(_plain(message))
-
-    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """The parsed command line; what follows ``--`` is never taken for an option."""
-        words = list(arguments)
-        if self.last_is_operand and words and words[-1] not in ("-h", "--help"):
-            words[-1] = _MARK + words[-1]
-        if not any(word.startswith(("-h", "--h")) for word in words):
-            # Else argparse formats a usage text nobody will see, and loads four modules to learn its width.
-            self.usage = argparse.SUPPRESS
-        if "--" not in words:
-            return _unmarked(self.parse_intermixed_args(words))
-        # argparse's own treatment of "--" differs from one Python version to the next, so it never sees it:
-        # later words that look like options are marked with a character no command line can hold.
-        cut = words.index("--")
-        rest = [_MARK + word if word.startswith("-") else word for word in words[cut + 1 :]]
-        return _unmarked(self.parse_intermixed_args(words[:cut] + rest))
-
-
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    # One is made for every option that is declared. Left to find the width itself, it would load the
-    # compression libraries on the way (through shutil), which takes longer than reading an image's header.
-    try:
-        width = os.get_terminal_size().columns - 2
-    except OSError:
-        width = 78
-    return argparse.HelpFormatter(prog, width=max(width, 40))
-
-
-_MARK: Final = "\0"
-
-
-def _unmarked(args: argparse.Namespace) -> argparse.Namespace:
-    for name, value in vars(args).items():
-        if isinstance(value, list):
-            setattr(args, name, [_unmark(item) for item in value])
-        else:
-            setattr(args, name, _unmark(value))
-    return args
-
-
-def _unmark(value: object) -> object:
-    return value.removeprefix(_MARK) if isinstance(value, str) else value
-
-
-def _plain(message: str) -> str:
-    """argparse's complaints, worded as getopt users know them."""
-    head, _, option = message.partition(": ")
-    if head == "unrecognized arguments":
-        word = option.split()[0]
-        return f"unrecognized option '{word}'" if word.startswith("-") else f"Unexpected argument: {word}"
-    if message.endswith(": expected one argument"):
-        return f"missing argument for option '{head.removeprefix('argument ').split('/')[0]}'"
-    return message
 
 
 # -- options -------------------------------------------------------------------------------------
@@ -171,24 +91,37 @@ def cache_mode(text: str | None, what: str, code: int = 1) -> str | None:
     return text
 
 
-def size_argument(text: str, what: str) -> int:
-    """A size the user gave for ``what``, in bytes."""
+def size_argument(text: str, what: str, most: int = (1 << 63) - 1) -> int:
+    """A size the user gave for ``what``, in bytes, ``most`` at most."""
     from diskwright.units import parse_size
 
     try:
-        return parse_size(text)
-    except OptionError as error:
-        detail = str(error) if "larger than" in str(error) else _SIZE_HINT.format(f"'{text}'")
-        raise Failure(f"Invalid {what} specified. {detail}.") from None
+        return parse_size(text, most=most)
+    except OutOfRange:
+        raise Failure(f"Invalid {what} specified. Must be between 0 and {most}.") from None
+    except OptionError:
+        raise Failure(
+            f"Invalid {what} specified. You may use k, M, G, T, P or E suffixes for\n"
+            f"{program()}: kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes."
+        ) from None
+
+
+def size(what: str) -> Callable[[str], int]:
+    """The ``type`` of an option that takes a size: a wrong one is told when its turn comes."""
+    return lambda text: size_argument(text, what)
+
+
+def option_list(text: str) -> str:
+    """The ``type`` of ``-o``: raises Failure for a stray comma at an end, which would swallow the next list's name."""
+    bare = text.replace(",,", "")
+    if not text or bare.startswith(",") or bare.endswith(","):
+        raise Failure(f"Invalid option list: {text}")
+    return text
 
 
 def join_options(parts: Sequence[str]) -> str:
-    """Several ``-o`` as one option text. Raises Failure where a part has a stray comma at an end."""
-    for part in parts:
-        bare = part.replace(",,", "")
-        if not part or bare.startswith(",") or bare.endswith(","):
-            raise Failure(f"Invalid option list: {part}")
-    return ",".join(parts)
+    """Several ``-o`` as one option text."""
+    return ",".join(map(option_list, parts))
 
 
 def wants_help(options: str) -> bool:

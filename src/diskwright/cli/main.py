@@ -11,6 +11,7 @@ Nothing else names it: adding one is adding a module. Only the module asked for 
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,6 @@ from diskwright.cli import faces
 from diskwright.cli.common import Failure, Parser, UsageError
 from diskwright.cli.faces import program
 from diskwright.errors import DiskwrightError, message_of
-from diskwright.version import __version__
 
 _COMMANDS: Final = "diskwright.cli.commands"
 
@@ -35,10 +35,8 @@ INTERRUPTED: Final = 130  # 128 + SIGINT, as shells count
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code. Never raises, except under ``DISKWRIGHT_TRACEBACK``."""
     if arguments is None:
-        only = faces.put_on(sys.argv[0])
-        words = [only, *sys.argv[1:]] if only else sys.argv[1:]
-    else:
-        words = list(arguments)
+        faces.put_on(sys.argv[0])
+    words = list(sys.argv[1:] if arguments is None else arguments)
     _let_any_name_through()
     try:
         code = _run(words)
@@ -57,29 +55,72 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    only = faces.current().only
+    if only is not None:
+        return _perform(only, words)
     if not words:
         raise UsageError("Not enough arguments")
-    first, rest = words[0], words[1:]
-    if first in ("-h", "--help", "help"):
+    args, rest = _standard().parse_leading(words)
+    if args.first is not None:
+        print(_overview() if args.first == "help" else _version(), end="")
+        return 0
+    if not rest:
+        raise UsageError("Not enough arguments")
+    if rest[0] == "help" and faces.current().command_help:
         print(_overview(), end="")
         return 0
-    if first in ("-V", "--version"):
-        print(f"{program()} {__version__}")
-        return 0
-    if first.startswith("-"):
-        raise UsageError(f"unrecognized option '{first}'")
-    command = _command(first)
+    return _perform(rest[0], rest[1:])
+
+
+class _First(argparse.Action):
+    """Of ``--help`` and ``--version`` the first counts."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        namespace.first = namespace.first or self.const
+
+
+def _standard() -> Parser:
+    """The options before the command."""
+    parser = Parser(prog=program())
+    parser.drop(("-h", "--help"))
+    parser.add_argument("-h", "--help", action=_First, nargs=0, const="help", dest="first")
+    parser.add_argument("-V", "--version", action=_First, nargs=0, const="version", dest="first")
+    parser.add_argument("-T", "--trace", action="append")
+    return parser
+
+
+def _perform(name: str, words: list[str]) -> int:
+    command = _command(name)
     if hasattr(command, "main"):
-        return int(command.main(rest))
-    parser = Parser(prog=f"{program()} {first}", description=command.SUMMARY)
-    command.add_arguments(parser)
-    code: int = command.run(parser.parse(rest))
+        return int(command.main(words))
+    parser = _parser(name, command)
+    if not faces.current().command_help:
+        parser.print_help = lambda file=None: print(_overview(), end="")  # type: ignore[method-assign]
+    code: int = command.run(parser.parse(words))
     return code
+
+
+def _parser(name: str, command: Any) -> Parser:
+    """The command's options as the present face has them."""
+    face = faces.current()
+    parser = Parser(prog=f"{face.name} {name}", description=command.SUMMARY)
+    command.add_arguments(parser)
+    parser.drop(face.lacks.get(name, ()))
+    parser.set_defaults(**face.defaults.get(name, {}))
+    parser.unshortened = face.unshortened
+    return parser
 
 
 def _command(name: str) -> Any:
     module = name.replace("-", "_")
-    if module.isidentifier() and not module.startswith("_"):
+    known = faces.current().commands
+    if module.isidentifier() and not module.startswith("_") and (known is None or name in known):
         full = f"{_COMMANDS}.{module}"
         if find_spec(full) is not None:
             return import_module(full)
@@ -87,13 +128,18 @@ def _command(name: str) -> Any:
 
 
 def _overview() -> str:
-    """The list of commands. Loads them all, which only this does."""
+    """The help for everything. Loads all commands, which only this does."""
     from pkgutil import iter_modules
 
     import diskwright.cli.commands
 
-    names = [info.name for info in iter_modules(diskwright.cli.commands.__path__)]
-    rows = [(name.replace("_", "-"), _summary(name)) for name in sorted(names)]
+    face = faces.current()
+    names = sorted(info.name.replace("_", "-") for info in iter_modules(diskwright.cli.commands.__path__))
+    if face.commands is not None:
+        from diskwright.cli.help import page
+
+        return page(face, [(name, _parser_or_why_not(name)) for name in names if name in face.commands])
+    rows = [(name, _summary(name)) for name in names]
     width = max(len(name) for name, _ in rows)
     lines = [f"usage: {program()} COMMAND [options] ...", "", "Works on virtual disk images.", "", "commands:"]
     lines += [f"  {name.ljust(width)}  {summary}" for name, summary in rows]
@@ -101,10 +147,23 @@ def _overview() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _version() -> str:
+    from diskwright.cli.help import version
+
+    return version(faces.current()) + "\n"
+
+
+def _parser_or_why_not(name: str) -> object:
+    try:
+        return _parser(name, _command(name))
+    except ImportError as error:  # one command's missing library must not hide the others
+        return error
+
+
 def _summary(name: str) -> str:
     try:
-        return str(import_module(f"{_COMMANDS}.{name}").SUMMARY)
-    except ImportError as error:  # one command's missing library must not hide the others
+        return str(_command(name).SUMMARY)
+    except ImportError as error:
         return f"(not available: {error})"
 
 
@@ -115,8 +174,8 @@ def _report(error: BaseException, words: list[str]) -> int:
     if isinstance(error, Failure):
         text, code = error.message, error.code
         if isinstance(error, UsageError):
-            about = f"{words[0]} " if words and not words[0].startswith("-") and _is_command(words[0]) else ""
-            hint = f"\nTry '{program()} {about}--help' for more information"
+            about = words[0] if words and _is_command(words[0]) else None
+            hint = f"\nTry '{faces.current().help_for(about)}' for more information"
     elif isinstance(error, KeyboardInterrupt):
         text, code = "interrupted", INTERRUPTED
     elif isinstance(error, (DiskwrightError, OSError)):

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", "--format", metavar="FMT", help="the image's format; probed when not given")
     common.add_image_opts(parser)
     parser.add_argument(
-        "-o", dest="options", action="append", default=[], metavar="OPTIONS",
+        "-o", dest="options", action="append", type=common.option_list, default=[], metavar="OPTIONS",
         help="what is to change: name=value,...; '-o help' lists what can",
     )  # fmt: skip
     parser.add_argument("-t", dest="cache", metavar="CACHE", default="writeback", help="cache mode for the image")

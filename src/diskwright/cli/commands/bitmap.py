@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from diskwright.cli import common
 from diskwright.cli.common import Failure
-from diskwright.cli.faces import program
-from diskwright.errors import DiskwrightError, OptionError, message_of
+from diskwright.errors import DiskwrightError, message_of
 
 if TYPE_CHECKING:
     from diskwright.core.graph import Graph
@@ -53,7 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("-b", "--source-file", metavar="FILE", help="the image SOURCE is in (default: the same)")
     parser.add_argument("-F", "--source-format", metavar="FMT", help="that image's format")
-    parser.add_argument("-g", "--granularity", metavar="SIZE", help="bytes a bit of a new bitmap stands for")
+    parser.add_argument(
+        "-g", "--granularity", metavar="SIZE", type=common.size("granularity"),
+        help="bytes a bit of a new bitmap stands for",
+    )  # fmt: skip
     parser.add_argument("-f", "--format", metavar="FMT", help="the image's format; probed when not given")
     common.add_image_opts(parser)
     common.add_object(parser)
@@ -64,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     kinds = {kind for kind, _ in args.actions}
-    granularity = _granularity(args.granularity)
+    granularity = args.granularity
     if len(args.actions) > MAX_ACTIONS:
         raise Failure(f"At most {MAX_ACTIONS} actions can be carried out by one command")
     if not kinds:
@@ -118,17 +120,3 @@ def _told(error: BaseException) -> str:
     from diskwright.core.bitmap import InconsistentBitmap
 
     return message_of(error) + (HINT if isinstance(error, InconsistentBitmap) else "")
-
-
-def _granularity(text: str | None) -> int | None:
-    if text is None:
-        return None
-    from diskwright.units import parse_size
-
-    try:
-        return parse_size(text)
-    except OptionError:
-        raise Failure(
-            "Invalid granularity specified. You may use k, M, G, T, P or E suffixes for\n"
-            f"{program()}: kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes."
-        ) from None

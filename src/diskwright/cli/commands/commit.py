@@ -7,8 +7,8 @@ import errno
 from typing import TYPE_CHECKING, Final
 
 from diskwright.cli import common
-from diskwright.cli.commands.convert import Interruption
 from diskwright.cli.common import Failure
+from diskwright.cli.interruption import Interruption
 from diskwright.cli.progress import Amount, Reporter
 from diskwright.errors import DiskwrightError, message_of
 
@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-t", dest="cache", metavar="CACHE", default="writeback", help="cache mode for writing to the backing file"
     )
-    parser.add_argument("-r", dest="rate", metavar="RATE", help="limit in bytes per second")
+    parser.add_argument(
+        "-r", dest="rate", metavar="RATE", type=common.size("rate limit"), default=0, help="bytes per second"
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     common.add_image_opts(parser)
     common.add_object(parser)
@@ -39,13 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    speed = 0 if args.rate is None else common.size_argument(args.rate, "rate limit")
     filename = common.one_operand(args.filename)
     cache = common.cache_mode(args.cache, "cache")
     with common.graph_of(args) as graph, Interruption() as interruption:
         depth = _depth(graph, filename, args)
         top, base = _open(graph, filename, args, cache, depth)
-        _commit(graph, top, base, args, speed, interruption)
+        _commit(graph, top, base, args, interruption)
         if not args.keep and args.base is None:
             _empty(top)
     if not args.quiet:
@@ -91,13 +92,11 @@ def _open(graph: Graph, filename: str, args: argparse.Namespace, cache: str | No
     return top, list(chain(top))[depth]
 
 
-def _commit(
-    graph: Graph, top: Node, base: Node, args: argparse.Namespace, speed: int, interruption: Interruption
-) -> None:
+def _commit(graph: Graph, top: Node, base: Node, args: argparse.Namespace, interruption: Interruption) -> None:
     from diskwright.engine.commit import Commit
     from diskwright.engine.convert import CopyFailed
 
-    work = Commit(top, base, graph.leases, speed=speed, stop=lambda: interruption.signal != 0)
+    work = Commit(top, base, graph.leases, speed=args.rate, stop=lambda: interruption.signal != 0)
     reporter = Reporter.of(args, lambda: Amount(*work.progress()), phase="commit")
     with reporter:
         try:

@@ -6,8 +6,8 @@ import argparse
 from typing import TYPE_CHECKING, Final
 
 from diskwright.cli import common
-from diskwright.cli.commands.convert import Interruption
 from diskwright.cli.common import Failure
+from diskwright.cli.interruption import Interruption
 from diskwright.cli.output import json_text
 from diskwright.cli.progress import Amount, Reporter
 from diskwright.errors import DiskwrightError, message_of

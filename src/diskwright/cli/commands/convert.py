@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import signal
-import threading
 from dataclasses import dataclass
 from functools import partial
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
 
 from diskwright.cli import common
 from diskwright.cli.commands.create import creation_error, describe_options
 from diskwright.cli.common import Failure
+from diskwright.cli.interruption import Interruption
 from diskwright.cli.progress import Amount, Reporter
 from diskwright.errors import DiskwrightError, OptionError, message_of
 from diskwright.units import MiB
@@ -26,6 +24,8 @@ SUMMARY: Final = "copy an image into another format"
 
 MAX_WORKERS: Final = 16
 """What qemu-img accepts for ``-m``."""
+
+DEFAULT_SPARSE: Final = 4096
 
 MAX_SPARSE: Final = 16 * MiB
 """Largest run of zeros that can be asked for with ``-S``: a copy looks at no more than this at a time."""
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_source(parser, cache=True)
     parser.add_argument("-O", dest="target_format", metavar="FMT", help="format of the target (default: raw)")
     parser.add_argument(
-        "-o", dest="options", action="append", default=[], metavar="OPTIONS",
+        "-o", dest="options", action="append", type=common.option_list, default=[], metavar="OPTIONS",
         help="options for creating the target: name=value,...; '-o help' lists them",
     )  # fmt: skip
     parser.add_argument("-B", dest="backing_file", metavar="FILE", help="backing file of the target: it gets only "
@@ -70,16 +70,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target-image-opts", action="store_true", help="the target's name is options; goes with -n")
     parser.add_argument("--target-is-zero", action="store_true", help="the target reads as zeros; goes with -n")
     parser.add_argument(
-        "-S", dest="sparse", metavar="SIZE", help="how many zeros in a row are left out (default: 4k; 0: none)"
+        "-S",
+        dest="sparse",
+        metavar="SIZE",
+        type=_sparse,
+        help="how many zeros in a row are left out (default: 4k; 0: none)",
     )
     parser.add_argument(
         "-t", dest="target_cache", metavar="CACHE", default="writeback",
         help="cache mode for writing; with 'unsafe' the command does not wait until the copy is on the medium",
     )  # fmt: skip
-    parser.add_argument("-m", dest="workers", metavar="N", help=f"parallel workers, 1 to {MAX_WORKERS}")
+    parser.add_argument(
+        "-m", dest="workers", metavar="N", type=_workers, default=0, help=f"parallel workers, 1 to {MAX_WORKERS}"
+    )
     parser.add_argument("-c", dest="compress", action="store_true", help="compress the target's clusters")
     parser.add_argument(
-        "--compression-level", dest="level", metavar="N",
+        "--compression-level", dest="level", metavar="N", type=_level,
         help=f"with -c: from 1, the quickest, to {MAX_LEVEL} with zlib (default 3; 6 gives the sizes of qemu-img), to "
         f"{MAX_ZSTD_LEVEL} with zstd (default 1; 3 gives the sizes of qemu-img)",
     )  # fmt: skip
@@ -88,7 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with -c: place clusters as they come, not in their order; without, the order is free anyway",
     )  # fmt: skip
     parser.add_argument("-C", dest="offload", action="store_true", help="accepted; the kernel copies where it can")
-    parser.add_argument("-r", dest="rate", metavar="RATE", help="limit in bytes per second")
+    parser.add_argument(
+        "-r", dest="rate", metavar="RATE", type=common.size("rate limit"), default=0, help="bytes per second"
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     common.add_progress(parser)
     parser.add_argument("--bitmaps", action="store_true", help="copy persistent dirty bitmaps too")
@@ -278,36 +286,6 @@ def _copy(work: Conversion, sources: list[Node], wish: Wish, interruption: Inter
         start += common.guest_size(source)
 
 
-class Interruption:
-    """SIGINT and SIGTERM end the copying between two pieces, so that the target is closed in good order. The
-    second one does not wait for that."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-        self._before: dict[int, object] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.signal:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def check(self, target: str) -> None:
-        if self.signal:
-            raise Failure(f"interrupted; '{target}' is incomplete", 128 + self.signal)
-
-
 # -- the command line ----------------------------------------------------------------------------
 
 
@@ -318,7 +296,6 @@ def _wish(args: argparse.Namespace, options: str) -> Wish:
             raise Failure(text)
     if args.skip_broken_bitmaps and not args.bitmaps:
         raise Failure("Use of --skip-broken-bitmaps requires --bitmaps")
-    workers, sparse, speed = _workers(args.workers), _sparse(args.sparse), _speed(args.rate)
     if args.existing and args.options:
         raise Failure("-o has no effect when skipping image creation")
     if args.offload and args.compress:
@@ -355,36 +332,30 @@ def _wish(args: argparse.Namespace, options: str) -> Wish:
         target,
         None if args.target_image_opts else args.target_format or "raw",
         wanted,
-        sparse,
-        speed,
-        workers,
+        DEFAULT_SPARSE if args.sparse is None else args.sparse,
+        args.rate,
+        args.workers,
         args.compress,
-        _level(args.level),
+        args.level,
         common.cache_mode(args.source_cache, "source cache"),
         common.cache_mode(args.target_cache, "cache") or "writeback",
     )
 
 
-def _workers(text: str | None) -> int:
-    if text is None:
-        return 0
+def _workers(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MAX_WORKERS):
         raise Failure(f"Invalid number of coroutines. Allowed number of coroutines is between 1 and {MAX_WORKERS}")
     return int(text)
 
 
-def _level(text: str | None) -> int | None:
-    if text is None:
-        return None
+def _level(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MAX_ZSTD_LEVEL):
         raise Failure(f"Invalid compression level '{text}': it is 1 to {MAX_LEVEL}, or with zstd to {MAX_ZSTD_LEVEL}")
     return int(text)
 
 
-def _sparse(text: str | None) -> int:
+def _sparse(text: str) -> int:
     """The length of zeros that is left out, in bytes; 0 to leave none out."""
-    if text is None:
-        return 4096
     value = common.size_argument(text, "buffer size for sparse output")
     if value % 512 or value > MAX_SPARSE:
         raise Failure(
@@ -392,7 +363,3 @@ def _sparse(text: str | None) -> int:
             f"{MAX_SPARSE}. Select 0 to disable sparse detection (fully allocates output)."
         )
     return value
-
-
-def _speed(text: str | None) -> int:
-    return 0 if text is None else common.size_argument(text, "rate limit")

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-F", "--backing-format", dest="backing_fmt", metavar="FMT", help="the backing file's format")
     parser.add_argument("-u", dest="unsafe", action="store_true", help="do not look at the backing file")
     parser.add_argument(
-        "-o", dest="options", action="append", default=[], metavar="OPTIONS",
+        "-o", dest="options", action="append", type=common.option_list, default=[], metavar="OPTIONS",
         help="options of the format: name=value,... with commas in values doubled; '-o help' lists them",
     )  # fmt: skip
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")

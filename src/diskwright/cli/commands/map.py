@@ -41,25 +41,36 @@ class Row(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_source(parser)
     common.add_output(parser)
-    parser.add_argument("-s", "--start-offset", metavar="OFFSET", help="where to begin (default: 0)")
-    parser.add_argument("-l", "--max-length", metavar="LENGTH", help="how far to go (default: to the end)")
+    parser.add_argument(
+        "-s",
+        "--start-offset",
+        metavar="OFFSET",
+        type=common.size("start offset"),
+        default=0,
+        help="where to begin (default: 0)",
+    )
+    parser.add_argument(
+        "-l",
+        "--max-length",
+        metavar="LENGTH",
+        type=common.size("max length"),
+        help="how far to go (default: to the end)",
+    )
     parser.add_argument("filename", nargs="*")
 
 
 def run(args: argparse.Namespace) -> int:
     as_json = common.check_output(args)
-    start = 0 if args.start_offset is None else common.size_argument(args.start_offset, "start offset")
-    limit = None if args.max_length is None else common.size_argument(args.max_length, "max length")
     filename = common.one_operand(args.filename)
     with common.graph_of(args) as graph:
         node = common.open_image(
             graph, filename, format=args.format, image_opts=args.image_opts, force_share=args.force_share
         )
         size = common.guest_size(node)
-        end = size if limit is None else min(size, start + limit)
-        rows = merged(_rows(node, start, end))
+        end = size if args.max_length is None else min(size, args.start_offset + args.max_length)
+        rows = merged(_rows(node, args.start_offset, end))
         if as_json:
-            _print_json(rows, start)
+            _print_json(rows, args.start_offset)
         else:
             _print_table(rows)
     return 0

@@ -23,17 +23,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_output(parser)
     parser.add_argument("-O", dest="target_format", metavar="FMT", default="raw", help="the new image's format")
     parser.add_argument(
-        "-o", dest="options", action="append", default=[], metavar="OPTIONS",
+        "-o", dest="options", action="append", type=common.option_list, default=[], metavar="OPTIONS",
         help="options for creating it: name=value,...; those that 'create' takes",
     )  # fmt: skip
-    parser.add_argument("--size", metavar="N", help="measure an empty image of this size, rather than a copy")
+    parser.add_argument(
+        "--size",
+        metavar="N",
+        type=common.size("image size"),
+        help="measure an empty image of this size, rather than a copy",
+    )
     parser.add_argument("-l", dest="snapshot", metavar="SNAPSHOT", help="measure a copy of this internal snapshot")
     parser.add_argument("filename", nargs="*")
 
 
 def run(args: argparse.Namespace) -> int:
     options = common.join_options(args.options) if args.options else ""
-    size = None if args.size is None else common.size_argument(args.size, "image size")
+    size = args.size
     as_json = common.check_output(args)
     filename = _filename(args, size)
     with common.graph_of(args) as graph:

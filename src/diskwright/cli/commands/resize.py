@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from diskwright.cli import common
 from diskwright.cli.common import Failure, UsageError
 from diskwright.cli.faces import program
+from diskwright.cli.parser import Parser
 from diskwright.errors import DiskwrightError, OptionError, message_of
 from diskwright.units import MAX_DISK_SIZE, SECTOR, parse_size
 
@@ -20,7 +21,7 @@ MODES: Final = ("off", "metadata", "falloc", "full")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    if isinstance(parser, common.Parser):
+    if isinstance(parser, Parser):
         parser.last_is_operand = True
     parser.add_argument("-f", "--format", metavar="FMT", help="the image's format; probed when not given")
     common.add_image_opts(parser)
