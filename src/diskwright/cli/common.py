@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from diskwright.cli.faces import program
 from diskwright.cli.failure import Failure, UsageError
@@ -58,12 +58,34 @@ def add_force_share(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-U", "--force-share", action="store_true", help="open images even while others write to them")
 
 
-def add_object(parser: argparse.ArgumentParser) -> None:
+def add_object(parser: argparse.ArgumentParser, code: int = 1) -> None:
     parser.add_argument(
-        "--object", action="append", default=[], metavar="DEF",
+        "--object", action=_Define, const=code, default=[], metavar="DEF",
         help="a secret that options name by its id: secret,id=sec0,file=PATH (or data=TEXT), with format=raw|base64, "
         "and keyid= and iv= when it is encrypted itself",
     )  # fmt: skip
+
+
+class _Define(argparse.Action):
+    """Defines an object as soon as it is read, since one may refer to another before it; ``args.objects`` holds them.
+    Raises Failure with the exit code that is the option's constant."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        from diskwright.cli.objects import Objects
+
+        objects = getattr(namespace, "objects", None) or Objects()
+        try:
+            objects.add(str(values))
+        except Failure as failure:
+            raise Failure(failure.message, self.const) from None
+        namespace.objects = objects
+        namespace.object = [*namespace.object, str(values)]
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -140,7 +162,11 @@ def make_gate(name: str) -> Gate:
 
 
 def secrets_of(args: argparse.Namespace) -> Secrets:
-    """The secrets the user defined with ``--object``. Raises Failure."""
+    """The secrets the user defined with ``--object``; ``args.object`` holds their texts where a command line is not
+    read by ``Parser``. Raises Failure."""
+    objects = getattr(args, "objects", None)
+    if objects is not None:
+        return cast("Secrets", objects.secrets)
     if not args.object:
         from diskwright.core.secrets import Secrets
 

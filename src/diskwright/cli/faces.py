@@ -16,11 +16,6 @@ from typing import Final
 
 OWN_NAME: Final = "diskwright"
 
-OWN_OPTIONS: Final = frozenset({"--gate", "--progress", "--compression-level"})
-"""What other programs of the same command line do not have. There it must be written in full, so that shortened options
-mean what they mean to those."""
-
-
 @dataclass(frozen=True)
 class Face:
     """One name, and how the program differs under it."""
@@ -28,13 +23,13 @@ class Face:
     name: str
     only: str | None = None
     """The one subcommand whose command line is the program's; None: the first word names a subcommand."""
-    commands: frozenset[str] | None = None
-    """The subcommands there are; None: all."""
+    commands: Mapping[str, frozenset[str]] | None = None
+    """The subcommands there are, each with the long options that may be shortened. Those that only we have must be
+    written in full, so that shortened ones mean what they mean to the program of that name. None: all."""
     defaults: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     """By subcommand and destination: what an option is when it is not given."""
     lacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """By subcommand: options it has under our own name only."""
-    unshortened: frozenset[str] = frozenset()
     version: str = "{name} {version}"
     """What ``--version`` prints."""
     command_help: bool = True
@@ -48,6 +43,35 @@ class Face:
 _QEMU_VERSION: Final = "{name} version 7.2.0 ({own} {version})"
 """The version whose behaviour is meant comes first, since that is what programs look for."""
 
+_COMMON: Final = ("object", "image-opts", "help")
+
+
+def _long(*names: str) -> frozenset[str]:
+    return frozenset(f"--{name}" for name in (*_COMMON, *names))
+
+
+_QEMU_IMG: Final = {
+    "amend": _long("force"),
+    "bench": _long("flush-interval", "pattern", "no-drain", "force-share"),
+    "bitmap": _long(
+        "add", "remove", "clear", "enable", "disable", "merge", "source-file", "source-format", "granularity"
+    ),
+    "check": _long("format", "repair", "output", "force-share"),
+    "commit": _long(),
+    "compare": _long("force-share"),
+    "convert": _long(
+        "force-share", "target-image-opts", "salvage", "target-is-zero", "bitmaps", "skip-broken-bitmaps"
+    ),
+    "create": _long(),
+    "dd": _long("force-share"),
+    "info": _long("format", "output", "backing-chain", "force-share"),
+    "map": _long("format", "output", "force-share", "start-offset", "max-length"),
+    "measure": _long("output", "size", "force-share"),
+    "rebase": _long("force-share"),
+    "resize": _long("preallocation", "shrink"),
+    "snapshot": _long("force-share"),
+}  # fmt: skip
+
 OWN: Final = Face(OWN_NAME)
 
 FACES: Final[dict[str, Face]] = {
@@ -55,28 +79,9 @@ FACES: Final[dict[str, Face]] = {
     for face in (
         Face(
             "qemu-img",
-            commands=frozenset(
-                (
-                    "amend",
-                    "bench",
-                    "bitmap",
-                    "check",
-                    "commit",
-                    "compare",
-                    "convert",
-                    "create",
-                    "dd",
-                    "info",
-                    "map",
-                    "measure",
-                    "rebase",
-                    "resize",
-                    "snapshot",
-                )
-            ),  # fmt: skip
+            commands=_QEMU_IMG,
             defaults={"convert": {"target_cache": "unsafe"}},
             lacks={"snapshot": ("-f", "--format")},
-            unshortened=OWN_OPTIONS,
             version=_QEMU_VERSION,
             command_help=False,
         ),

@@ -113,7 +113,7 @@ def _parser(name: str, command: Any) -> Parser:
     command.add_arguments(parser)
     parser.drop(face.lacks.get(name, ()))
     parser.set_defaults(**face.defaults.get(name, {}))
-    parser.unshortened = face.unshortened
+    parser.shortened = face.commands[name] if face.commands is not None else None
     return parser
 
 

@@ -20,8 +20,8 @@ class Parser(argparse.ArgumentParser):
     last_is_operand = False
     """Whether the last word is an operand whatever it looks like: sizes may begin with a hyphen."""
 
-    unshortened: frozenset[str] = frozenset()
-    """Long options that are only known by their whole name."""
+    shortened: frozenset[str] | None = None
+    """The long options that may be shortened; None: all. The others do not stand in these ones' way."""
 
     def __init__(self, *, prog: str | None = None, description: str | None = None) -> None:
         super().__init__(prog=prog, description=description, formatter_class=_formatter)
@@ -128,7 +128,7 @@ class Parser(argparse.ArgumentParser):
         found = {
             id(action): action
             for full, action in known.items()
-            if full.startswith(name) and full.startswith("--") and full not in self.unshortened
+            if full.startswith(name) and full.startswith("--") and (self.shortened is None or full in self.shortened)
         }
         return next(iter(found.values())) if len(found) == 1 else None
 
