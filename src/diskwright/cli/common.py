@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -236,7 +238,7 @@ def open_image(
         spec = specification(name, image_opts)
         if options:
             spec = {**_as_mapping(spec), **options}
-        return graph.open(
+        node = graph.open(
             spec,
             driver=format,
             writable=writable,
@@ -249,15 +251,27 @@ def open_image(
         # Many of our own messages begin with the name that has just been told.
         reason = opening_error(error).removeprefix(f"{name}: ")
         raise Failure(f"Could not open '{name}': {reason}", code) from error
+    if writable:
+        _warn_of_guess(node, spec, format)
+    return node
 
 
-def warn_guessed_raw(name: str, node: Node, format: str | None, image_opts: bool) -> None:
-    """Says that an image to be changed was taken for raw only because nothing else fits."""
-    import sys
-
-    if format is None and not image_opts and node.driver_name == "raw" and not name.startswith("json:"):
-        text = f"the format of '{name}' was not given and was guessed to be raw; give it with -f raw"
-        print(f"{program()}: warning: {text}", file=sys.stderr)
+def _warn_of_guess(node: Node, spec: str | dict[str, object], format: str | None) -> None:
+    """Says that an image to be changed was taken for raw only because nothing else fits: whoever writes its first
+    bytes could make it another one."""
+    given = format or (
+        _as_mapping(spec).get("driver") if not isinstance(spec, str) or spec.startswith("json:") else None
+    )
+    if given is not None or node.driver_name != "raw" or node.file is None:
+        return
+    lines = (
+        f"WARNING: Image format was not specified for '{node.file.filename}' and probing guessed raw.",
+        "         Automatically detecting the format is dangerous for raw images, write operations on block 0 will be "
+        "restricted.",
+        "         Specify the 'raw' format explicitly to remove the restrictions.",
+    )
+    sys.stdout.flush()
+    print("\n".join(lines), file=sys.stderr)
 
 
 def snapshot_options(graph: Graph, name: str, args: argparse.Namespace) -> dict[str, object]:
@@ -317,6 +331,10 @@ def opening_error(error: BaseException) -> str:
     """Why an open failed. The kernel's refusals name the file they are about."""
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         name = error.filename
+        if error.errno == errno.EISDIR:
+            return f"'file' driver requires '{name}' to be a regular file"
+        if not name:
+            return "The 'file' block driver requires a file name"
         text = error.strerror or ""
         cause = text
         while cause.startswith("Could not open backing file: "):
@@ -325,8 +343,12 @@ def opening_error(error: BaseException) -> str:
             return f"{text.removesuffix(cause)}Could not open '{name}': {cause}"
         return f"Could not open '{name}': {text}"
     if isinstance(error, ImageLocked):
-        return str(error).strip()
+        return str(error).strip().replace(_WHO_HAS_IT, _WHO_HAS_IT.replace(": ", "\n"))
     return message_of(error)
+
+
+_WHO_HAS_IT: Final = ": Is another process using the image"
+"""Begins a second line, as everywhere where somebody waits for these words."""
 
 
 def one_operand(names: Sequence[str]) -> str:

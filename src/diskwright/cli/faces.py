@@ -16,6 +16,7 @@ from typing import Final
 
 OWN_NAME: Final = "diskwright"
 
+
 @dataclass(frozen=True)
 class Face:
     """One name, and how the program differs under it."""
@@ -81,7 +82,7 @@ FACES: Final[dict[str, Face]] = {
             "qemu-img",
             commands=_QEMU_IMG,
             defaults={"convert": {"target_cache": "unsafe"}},
-            lacks={"snapshot": ("-f", "--format")},
+            lacks={"snapshot": ("-f", "--format"), "create": ("--backing-format",)},
             version=_QEMU_VERSION,
             command_help=False,
         ),

@@ -61,6 +61,8 @@ def _run(words: list[str]) -> int:
     if not words:
         raise UsageError("Not enough arguments")
     args, rest = _standard().parse_leading(words)
+    for pattern in args.trace or ():
+        _no_trace(pattern)
     if args.first is not None:
         print(_overview() if args.first == "help" else _version(), end="")
         return 0
@@ -93,6 +95,13 @@ def _standard() -> Parser:
     parser.add_argument("-V", "--version", action=_First, nargs=0, const="version", dest="first")
     parser.add_argument("-T", "--trace", action="append")
     return parser
+
+
+def _no_trace(pattern: str) -> None:
+    """There are no trace events; whoever asks for one by name is told."""
+    name = pattern.removeprefix("enable=").split(",")[0]
+    if name not in ("help", "?") and "*" not in name and not name.startswith(("events=", "file=")):
+        print(f"{program()}: warning: trace event '{name}' does not exist", file=sys.stderr)
 
 
 def _perform(name: str, words: list[str]) -> int:

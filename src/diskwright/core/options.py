@@ -147,7 +147,7 @@ def parse(options: type[T], values: Mapping[str, object], *, owner: str) -> T:
             raise OptionError(f"Driver '{owner}' has no option '{key}'" + _choices(known))
         if info.field in typed:
             raise OptionError(f"Option '{info.name}' is given twice")
-        typed[info.field] = info.type.parse(info.name, value)
+        typed[info.field] = info.type.parse(key, value)
     for info in known.values():
         if info.required and info.field not in typed:
             raise OptionError(f"Driver '{owner}' needs the option '{info.name}' ({info.help})")

@@ -40,6 +40,8 @@ class Conversion:
     ``sparse``          see ``Copier``
     ``workers``         threads; 0: as many as suit the source
     ``stop``            asked between two ranges; when it is true the copying ends there
+    ``unreadable``      called with the source's offset and the error for each sector that cannot be read, which then
+                        becomes zeros in the target; None: such a sector ends the copy
     """
 
     def __init__(
@@ -53,7 +55,9 @@ class Conversion:
         workers: int = 0,
         speed: int = 0,
         stop: Callable[[], bool] = lambda: False,
+        unreadable: Callable[[int, Exception], None] | None = None,
     ) -> None:
+        self.unreadable = unreadable
         self.target, self.leases, self.total = target, leases, total
         self.target_is_zero, self.sparse, self.workers, self.stop = target_is_zero, sparse, workers, stop
         self.rate, self.clocks = RateLimit(speed), Clocks()
@@ -111,10 +115,30 @@ class Conversion:
             rate=self.rate,
             stop=self.stop,
             done=lambda at, length: self._reached(start + at + length),
-            failed=copy_failed,
+            failed=lambda at, length, error: self._failed(source, start, at, length, error),
             clocks=self.clocks,
             chunk=chunk,
         )
+
+    def _failed(self, source: Node, start: int, offset: int, length: int, error: Exception) -> None:
+        """A range that could not be copied. Where sectors may be lost, the others of the range are not."""
+        if self.unreadable is None or not isinstance(error, ReadFailed):
+            copy_failed(offset, length, error)
+        sector = memoryview(bytearray(SECTOR))
+        for at in range(offset, offset + length, SECTOR):
+            piece = sector[: min(SECTOR, offset + length - at)]
+            try:
+                with self.leases.held():
+                    source.readv([(at, piece)])
+            except (OSError, DiskwrightError) as lost:
+                self.unreadable(at, lost)
+                piece[:] = bytes(len(piece))
+            try:
+                with self.leases.held():
+                    self.target.writev([(start + at, piece)])
+            except (OSError, DiskwrightError) as full:
+                raise CopyFailed("write", at, full) from full
+        self._reached(start + offset + length)
 
     def _ranges(self, source: Node, offset: int, end: int, base: Node | None, chunk: int, unit: int) -> Iterator[Range]:
         whole = data_plan(source, self.leases, end, zeros=not self.target_is_zero, chunk=chunk, base=base, unit=unit)

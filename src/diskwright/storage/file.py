@@ -79,6 +79,9 @@ class FileCreateOptions:
         OneOf(*preallocate.MODES), "space reserved beforehand: none, reserved, or written with zeros", default="off"
     )
     nocow: bool = option(BOOL, "turn copy-on-write off for the file, on file systems that have it", default=False)
+    extent_size_hint: int = option(
+        SIZE, "how much space the file system should take at once, where it can be told; 0: as it likes", default=0
+    )
 
 
 class FileStorage(DescriptorStorage):
@@ -156,6 +159,8 @@ class FileStorage(DescriptorStorage):
             self.truncate(0)
             if options.nocow:
                 syscalls.set_nocow(self._fd)
+            if options.extent_size_hint:
+                syscalls.set_extent_size(self._fd, options.extent_size_hint)
             self.truncate(size, preallocation=options.preallocation)
             return
         if options.preallocation != "off":

@@ -1,4 +1,4 @@
-"""``python -m tests.cli.matrix``: counts the command lines, or runs some and shows what differs."""
+"""``python -m tests.cli.matrix``: counts the command lines, or runs some and shows what differs. ``=info`` is a group."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _run(wanted: list[str], place: Path, everything: bool) -> int:
     begin, count, apart = time.monotonic(), 0, 0
     for group, lines in cases.groups().items():
         for words in lines:
-            if not all(word == group or word in " ".join(words) for word in wanted):
+            if not all(word[1:] == group if word.startswith("=") else word in " ".join(words) for word in wanted):
                 continue
             pair = twins.run(words, place / "prepared", place / "scratch")
             count += 1

@@ -75,7 +75,7 @@ def every() -> list[tuple[str, ...]]:
 
 
 def _info() -> Iterator[str]:
-    for name in (*ALL, "locked"):
+    for name in (*ALL, "locked", "names-itself"):  # of other commands with the last qemu-img never comes to an end
         yield f"info {name}"
         yield f"info --output=json {name}"
         yield f"info --backing-chain {name}"
@@ -122,7 +122,14 @@ def _named(command: str, *names: str) -> Iterator[str]:
 
 def _check() -> Iterator[str]:
     for name in (*ALL, "locked"):
-        for options in ("", "--output=json ", "-r leaks ", "-r all ", "-q -U ", f"-f {FORMATS.get(name, 'qcow2')} -T none "):
+        for options in (
+            "",
+            "--output=json ",
+            "-r leaks ",
+            "-r all ",
+            "-q -U ",
+            f"-f {FORMATS.get(name, 'qcow2')} -T none ",
+        ):
             yield f"check {options}{name}"
     for name in DAMAGED:
         yield f"check --output=json -r all {name}"
@@ -299,7 +306,16 @@ def _convert() -> Iterator[str]:
 
 def _dd() -> Iterator[str]:
     for name in ("raw", "q3", "qext", "over", "odd", "empty", "snap", "missing", "directory"):
-        for rest in ("", " bs=4k", " bs=64k count=3", " bs=1000 count=100", " skip=100", " bs=64k skip=3", " count=0", " skip=9999"):
+        for rest in (
+            "",
+            " bs=4k",
+            " bs=64k count=3",
+            " bs=1000 count=100",
+            " skip=100",
+            " bs=64k skip=3",
+            " count=0",
+            " skip=9999",
+        ):
             yield f"dd if={name} of=new{rest}"
         yield f"dd -O qcow2 if={name} of=new bs=32k count=2"
     for line in ("", "if=q3", "of=new", "if=q3 of=new bs=0", "if=q3 of=new bs=x", "if=q3 of=new bs=-1", "if=q3 of=new bs=3G",

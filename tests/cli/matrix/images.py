@@ -76,7 +76,7 @@ NEEDS: Final[dict[str, tuple[str, ...]]] = {
 
 DAMAGED: Final = (
     "odd", "short", "text", "header-cut", "version-9", "bits-60", "size-huge", "l1-far", "features", "leak", "corrupt-l2",
-    "corrupt-refcount", "dirty", "marked", "header-length", "names-itself", "luks-cut", "luks-version",
+    "corrupt-refcount", "dirty", "marked", "header-length", "luks-cut", "luks-version",
 )  # fmt: skip
 
 SOUND: Final = tuple(name for name in RECIPES if name != "locked")
@@ -88,11 +88,22 @@ OTHERS: Final = ("missing", "directory", "dangling", "link", "missing/x", "raw/x
 def prepare(directory: Path) -> None:
     """Makes all of them in ``directory``."""
     for recipe in RECIPES.values():
-        make(directory, *recipe)
+        for command in recipe:
+            _made(directory, command)
     _damage(directory)
     (directory / "directory").mkdir()
     os.symlink("nowhere", directory / "dangling")
     os.symlink("q3", directory / "link")
+
+
+def _made(directory: Path, command: str) -> None:
+    for _ in range(10):  # while other processes come and go, qemu-img cannot always measure how fast it derives a key
+        try:
+            return make(directory, command)
+        except AssertionError as error:
+            if "accurate CPU usage" not in str(error):
+                raise
+    raise AssertionError(f"{command} never came to an end")
 
 
 def _damage(directory: Path) -> None:
@@ -122,8 +133,11 @@ def _damage(directory: Path) -> None:
     changed("corrupt-refcount", (refcounts + 2 * 5, "H", 0))
     l2 = struct.unpack_from(">Q", q3, struct.unpack_from(">Q", q3, 40)[0])[0] & ((1 << 56) - 512)
     changed("corrupt-l2", (l2, "Q", (1 << 63) | 0x123400))
-    make(directory, "qemu-img create -q -u -f qcow2 -b itself -F qcow2 names-itself 1M",
-         "qemu-img rebase -u -b names-itself -F qcow2 names-itself")
+    make(
+        directory,
+        "qemu-img create -q -u -f qcow2 -b itself -F qcow2 names-itself 1M",
+        "qemu-img rebase -u -b names-itself -F qcow2 names-itself",
+    )
     luks = (directory / "luks").read_bytes()
     (directory / "luks-cut").write_bytes(luks[:4096])
     changed("luks-version", (6, "H", 7), base=luks)

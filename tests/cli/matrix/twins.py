@@ -42,7 +42,9 @@ class Pair:
 
     def differing(self) -> set[str]:
         """In which respects they differ: ``code``, ``out``, ``err``, ``files``."""
-        return {name for name in ("code", "out", "err", "files") if getattr(self.ours, name) != getattr(self.theirs, name)}
+        return {
+            name for name in ("code", "out", "err", "files") if getattr(self.ours, name) != getattr(self.theirs, name)
+        }
 
     def _sides(self) -> tuple[tuple[str, Outcome], ...]:
         return ("ours", self.ours), ("theirs", self.theirs)
@@ -59,6 +61,19 @@ def run(words: tuple[str, ...], prepared: Path, scratch: Path) -> Pair:
     if words[:1] and (words[0] in READING or "locked" in words or not _touched(words, prepared)):
         ours, theirs = _ours(words, prepared), qemu_img(*words, cwd=prepared)
         return Pair(words, _outcome(ours, {}), _outcome(theirs, {}))
+    pair = _in_two_places(words, prepared, scratch)
+    for _ in range(20):
+        if _UNLUCKY not in pair.theirs.err:
+            break
+        pair = _in_two_places(words, prepared, scratch)
+    return pair
+
+
+_UNLUCKY = "Unable to get accurate CPU usage"
+"""While other processes come and go, qemu-img cannot always measure how fast it derives a key."""
+
+
+def _in_two_places(words: tuple[str, ...], prepared: Path, scratch: Path) -> Pair:
     places = [scratch / "ours", scratch / "theirs"]
     for place in places:
         place.mkdir()
@@ -133,7 +148,8 @@ def _plain(text: str) -> str:
         return "the help text"
     text = re.sub(r"completed in [\d.]+ seconds", "completed in SOME seconds", text)
     text = re.sub(r"#block\d+", "NODE", text)
-    text = re.sub(r"(    \([\d.]+/100%\)\r)+(?=    \(100\.00/100%\)\r)", "    (0.00/100%)\\r", text)
+    text = re.sub(r"(    \([\d.]+/100%\)\r)+", "PROGRESS", text)
+    text = re.sub(r"(?m)^(  [\w.-]+=<[^>]*>) +- .*$", r"\1 - WHAT FOR", text)
     return re.sub(r'("?(?:uuid|actual-size|date-sec|date-nsec)"?: )[^\n]*', r"\1SOME", text)
 
 
@@ -177,14 +193,22 @@ def _images(places: list[Path], name: str) -> tuple[object, object]:
     if infos[0].get("encrypted") and infos[0]["format"] == "qcow2":
         return infos[0], infos[1]
     found = qemu_img(*words, *names, cwd=places[0])
-    sound = [qemu_img("check", "-q", "-f", str(info["format"]), name, cwd=at).code for info, at in zip(infos, places, strict=True)]
+    sound = [
+        qemu_img("check", "-q", "-f", str(info["format"]), name, cwd=at).code
+        for info, at in zip(infos, places, strict=True)
+    ]
     verdict = found.out if found.code < 2 else found.err.replace(str(places[0].parent), "")
     return {"compared": verdict, "check": sound[0]}, {"compared": "Images are identical.\n", "check": sound[1]}
 
 
 def _info(place: Path, name: str) -> dict[str, Any] | None:
     done = subprocess.run(
-        ["qemu-img", "info", "--output=json", name], cwd=place, capture_output=True, text=True, check=False, timeout=TIMEOUT
+        ["qemu-img", "info", "--output=json", name],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=TIMEOUT,
     )
     if done.returncode:
         return None
@@ -193,7 +217,7 @@ def _info(place: Path, name: str) -> dict[str, Any] | None:
     for snapshot in facts.get("snapshots", ()):
         for key in ("date-sec", "date-nsec"):
             snapshot.pop(key)
-    _drop(facts, ("uuid", "iters", "key-offset", "payload-offset"))
+    _drop(facts, ("uuid", "iters", "master-key-iters", "key-offset", "payload-offset"))
     return facts
 
 

@@ -53,7 +53,6 @@ def run(args: argparse.Namespace) -> int:
         node = common.open_image(
             graph, filename, format=args.format, image_opts=args.image_opts, writable=True, cache=cache
         )
-        common.warn_guessed_raw(filename, node, args.format, args.image_opts)
         if help:
             print(_describe(node.driver_name), end="")
             return 0

@@ -81,10 +81,12 @@ def run(args: argparse.Namespace) -> int:
         raise Failure("Expecting filename and bitmap name")
     filename, name = args.names
     with common.graph_of(args) as graph:
-        node = common.open_image(graph, filename, format=args.format, image_opts=args.image_opts, writable=True)
+        node = common.open_image(
+            graph, filename, format=args.format, image_opts=args.image_opts, writable=True, backing=False
+        )
         source = node
         if args.source_file is not None:
-            source = common.open_image(graph, args.source_file, format=args.source_format)
+            source = common.open_image(graph, args.source_file, format=args.source_format, backing=False)
         for kind, operand in args.actions:
             try:
                 _do(kind, node, name, granularity, source, operand)

@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.repair not in (None, "leaks", "all"):
         raise UsageError(f"Unknown option value for -r (expecting 'leaks' or 'all'): {args.repair}")
-    as_json = common.check_output(args)
     filename = common.one_operand(args.filename)
+    as_json = common.check_output(args)
     cache = common.cache_mode(args.source_cache, "source cache")
     with common.graph_of(args) as graph:
         node = _open(graph, filename, args, cache)

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     common.add_image_opts(parser)
     common.add_force_share(parser)
-    common.add_object(parser)
+    common.add_object(parser, CANNOT_OPEN)
     common.add_gate(parser)
     common.add_progress(parser)
     parser.add_argument("names", nargs="*", metavar="IMAGE1 IMAGE2")

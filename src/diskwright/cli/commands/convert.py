@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from diskwright.cli import common
 from diskwright.cli.commands.create import creation_error, describe_options
 from diskwright.cli.common import Failure
+from diskwright.cli.faces import program
 from diskwright.cli.interruption import Interruption
 from diskwright.cli.progress import Amount, Reporter
 from diskwright.errors import DiskwrightError, OptionError, message_of
@@ -33,10 +35,6 @@ MAX_SPARSE: Final = 16 * MiB
 
 MAX_LEVEL: Final = 9
 MAX_ZSTD_LEVEL: Final = 19
-
-_UNSUPPORTED: Final = {
-    "salvage": "--salvage: unreadable ranges cannot be skipped yet",
-}
 
 
 @dataclass(frozen=True)
@@ -101,8 +99,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_progress(parser)
     parser.add_argument("--bitmaps", action="store_true", help="copy persistent dirty bitmaps too")
     parser.add_argument("--skip-broken-bitmaps", action="store_true", help="without those that are inconsistent")
-    for flag, name in (("--salvage", "salvage"),):
-        parser.add_argument(flag, dest=name, action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--salvage", action="store_true", help="what cannot be read becomes zeros, with a warning, and is no error"
+    )
     parser.add_argument(
         "-l", dest="snapshot", metavar="SNAPSHOT",
         help="copy an internal snapshot: its id or name, or snapshot.id=ID,snapshot.name=NAME",
@@ -154,7 +153,11 @@ def run(args: argparse.Namespace) -> int:
 
             check_target(target)
         new = not args.existing or args.target_is_zero
-        make = partial(CompressedConversion, in_order=not args.out_of_order) if wish.compress else Conversion
+        make = (
+            partial(CompressedConversion, in_order=not args.out_of_order)
+            if wish.compress
+            else partial(Conversion, unreadable=_Salvage(quiet=args.quiet) if args.salvage else None)
+        )
         work = make(
             target,
             graph.leases,
@@ -176,6 +179,23 @@ def run(args: argparse.Namespace) -> int:
             _finish(graph, target, wish)
         reporter.end_line()
     return 0
+
+
+class _Salvage:
+    """Tells which sectors were lost. Only so many: a dead disk has millions."""
+
+    _MOST: Final = 10000
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._left = 0 if quiet else self._MOST
+
+    def __call__(self, offset: int, error: Exception) -> None:
+        if not self._left:
+            return
+        self._left -= 1
+        print(f"{program()}: warning: error while reading offset {offset}: {message_of(error)}", file=sys.stderr)
+        if not self._left:
+            print(f"{program()}: warning: more of these are not told", file=sys.stderr)
 
 
 def _require_compression(wish: Wish) -> None:
@@ -291,9 +311,6 @@ def _copy(work: Conversion, sources: list[Node], wish: Wish, interruption: Inter
 
 def _wish(args: argparse.Namespace, options: str) -> Wish:
     """Raises Failure for whatever does not fit together."""
-    for name, text in _UNSUPPORTED.items():
-        if getattr(args, name):
-            raise Failure(text)
     if args.skip_broken_bitmaps and not args.bitmaps:
         raise Failure("Use of --skip-broken-bitmaps requires --bitmaps")
     if args.existing and args.options:
@@ -308,10 +325,14 @@ def _wish(args: argparse.Namespace, options: str) -> Wish:
         raise Failure("Cannot use --target-is-zero when the destination image has a backing file")
     if args.level is not None and not args.compress:
         raise Failure("--compression-level requires use of -c flag")
-    if len(args.names) < 2:
-        raise Failure("Must specify image file name")
     if args.target_image_opts and not args.existing:
         raise Failure("--target-image-opts requires use of -n flag")
+    if args.salvage and args.offload:
+        raise Failure("Cannot use copy offloading in salvaging mode")
+    if args.salvage and args.compress:
+        raise Failure("--salvage cannot be combined with -c yet")
+    if len(args.names) < 2:
+        raise Failure("Must specify image file name")
     if args.target_image_opts and args.target_format is not None:
         raise Failure("--image-opts and --format are mutually exclusive")
     *sources, target = args.names
@@ -323,6 +344,8 @@ def _wish(args: argparse.Namespace, options: str) -> Wish:
         wanted["backing_file"] = args.backing_file
     if args.backing_fmt is not None:
         wanted["backing_fmt"] = args.backing_fmt
+    if wanted.get("backing_file") and not wanted.get("backing_fmt"):
+        raise Failure("Use of backing file requires explicit backing format")
     if len(sources) > 1 and args.snapshot is not None:
         raise Failure("No support for concatenating multiple snapshot")
     if len(sources) > 1 and "backing_file" in wanted:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from diskwright.cli import common
-from diskwright.cli.common import Failure, UsageError
+from diskwright.cli.common import Failure, UsageError, opening_error
 from diskwright.errors import DiskwrightError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _ORDER: Final[Mapping[str, Sequence[str]]] = {
 # Names that are announced with hyphens, as the encrypting formats spell them.
 _HYPHENATED: Final = (
     "key_secret", "cipher_alg", "cipher_mode", "ivgen_alg", "ivgen_hash_alg", "hash_alg", "iter_time",
-    "detached_header",
+    "detached_header", "new_secret", "old_secret",
 )  # fmt: skip
 _ALWAYS: Final[Mapping[str, Mapping[str, str]]] = {
     "parallels": {"cluster_size": "1048576"},
@@ -139,14 +139,23 @@ def creation_error(error: BaseException) -> str:
     from diskwright.errors import message_of
 
     if not isinstance(error, OSError) or error.errno is None:
-        return message_of(error)
+        return _backing_last(message_of(error))
     if error.filename is None:
         return error.strerror or message_of(error)
     text = error.strerror or ""
-    prefix = "Could not open backing image: "
-    if text.startswith(prefix):
-        return f"{prefix}Could not open '{error.filename}': {text.removeprefix(prefix)}"
+    if text.startswith(_BACKING):
+        return _backing_last(
+            f"{_BACKING}{opening_error(type(error)(error.errno, text.removeprefix(_BACKING), error.filename))}"
+        )
     return f"Could not create '{error.filename}': {text}"
+
+
+_BACKING: Final = "Could not open backing image: "
+
+
+def _backing_last(text: str) -> str:
+    """The cause comes first; that it is about the backing file, on a line of its own."""
+    return f"{text.removeprefix(_BACKING)}\nCould not open backing image." if text.startswith(_BACKING) else text
 
 
 def describe_options(format: str, filename: str | None) -> str:
@@ -178,8 +187,14 @@ def describe_options(format: str, filename: str | None) -> str:
 
 def option_lines(rows: Mapping[str, OptionInfo]) -> list[str]:
     """One line an option, in the order of their names."""
-    labels = {name: f"  {name.replace('-', '_')}=<{_kind(info)}>" for name, info in rows.items()}
-    return [f"{labels[name]:<24} - {rows[name].help}" for name in sorted(rows)]
+    labels = {name: f"  {_told(name.replace('-', '_'))}=<{_kind(info)}>" for name, info in rows.items()}
+    return [f"{labels[name]:<24} - {_explained(rows[name])}" for name in sorted(rows)]
+
+
+def _explained(info: OptionInfo) -> str:
+    from diskwright.core.options import OneOf
+
+    return f"{info.help} ({', '.join(info.type.words)})" if isinstance(info.type, OneOf) else info.help
 
 
 def _kind(info: OptionInfo) -> str:
@@ -189,4 +204,4 @@ def _kind(info: OptionInfo) -> str:
         return "bool (on/off)"
     if info.type is INT:
         return "num"
-    return "size" if info.type is SIZE else info.type.label
+    return "size" if info.type is SIZE else "str"

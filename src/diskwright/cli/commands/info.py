@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    as_json = common.check_output(args)
     filename = common.one_operand(args.filename)
+    as_json = common.check_output(args)
     with common.graph_of(args) as graph:
         images = _collect(graph, filename, args)
     if as_json:

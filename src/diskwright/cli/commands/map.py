@@ -60,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    as_json = common.check_output(args)
     filename = common.one_operand(args.filename)
+    as_json = common.check_output(args)
     with common.graph_of(args) as graph:
         node = common.open_image(
             graph, filename, format=args.format, image_opts=args.image_opts, force_share=args.force_share

@@ -45,10 +45,13 @@ def run(args: argparse.Namespace) -> int:
         source = None
         if filename is not None:
             source = common.open_image(
-                graph, filename, format=args.format, image_opts=args.image_opts, force_share=args.force_share
+                graph,
+                filename,
+                format=args.format,
+                image_opts=args.image_opts,
+                force_share=args.force_share,
+                options=common.snapshot_options(graph, filename, args) if args.snapshot is not None else None,
             )
-            if args.snapshot is not None:
-                source = _at_snapshot(source, args.snapshot)
             size = common.guest_size(source)
         assert size is not None
         found = _measure(graph, args.target_format, options, size, source)
@@ -68,10 +71,6 @@ def _filename(args: argparse.Namespace, size: int | None) -> str | None:
     if size is not None:
         raise Failure("--size N cannot be used together with a filename.")
     return str(args.filename[0])
-
-
-def _at_snapshot(source: Node, name: str) -> Node:
-    raise Failure("-l: internal snapshots cannot be measured yet")
 
 
 def _measure(graph: Graph, format: str, options: str, size: int, source: Node | None) -> Measurement:

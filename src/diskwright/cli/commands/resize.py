@@ -46,7 +46,6 @@ def run(args: argparse.Namespace) -> int:
     sign, amount = _amount(text)
     with common.graph_of(args) as graph:
         node = common.open_image(graph, filename, format=args.format, image_opts=args.image_opts, writable=True)
-        common.warn_guessed_raw(filename, node, args.format, args.image_opts)
         current = common.guest_size(node)
         size = amount if not sign else current + sign * amount
         _check(node, current, size, args)

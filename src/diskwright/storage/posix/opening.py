@@ -59,7 +59,7 @@ def _open(filename: str, flags: int) -> int:
         if error.errno == errno.ENXIO:
             raise _wrong_kind(filename) from error
         if error.errno == errno.EINVAL and flags & os.O_DIRECT:
-            raise OSError(errno.EINVAL, "The file system does not support O_DIRECT", filename) from error
+            raise OSError(errno.EINVAL, "filesystem does not support O_DIRECT", filename) from error
         raise
 
 
