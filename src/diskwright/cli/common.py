@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -331,11 +330,11 @@ def opening_error(error: BaseException) -> str:
     """Why an open failed. The kernel's refusals name the file they are about."""
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         name = error.filename
-        if error.errno == errno.EISDIR:
-            return f"'file' driver requires '{name}' to be a regular file"
         if not name:
             return "The 'file' block driver requires a file name"
         text = error.strerror or ""
+        if text.startswith("'file' driver requires "):
+            return text
         cause = text
         while cause.startswith("Could not open backing file: "):
             cause = cause.removeprefix("Could not open backing file: ")

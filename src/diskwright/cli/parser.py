@@ -72,6 +72,7 @@ class Parser(argparse.ArgumentParser):
             action.option_strings = [name for name in action.option_strings if name != option]
             if not action.option_strings:
                 self._remove_action(action)
+                self.set_defaults(**{action.dest: action.default})
 
     def _defaults_only(self) -> argparse.Namespace:
         args = argparse.Namespace()

@@ -35,7 +35,10 @@ def _run(wanted: list[str], place: Path, everything: bool) -> int:
         for words in lines:
             if not all(word[1:] == group if word.startswith("=") else word in " ".join(words) for word in wanted):
                 continue
+            start = time.monotonic()
             pair = twins.run(words, place / "prepared", place / "scratch")
+            if time.monotonic() - start > 0.5:
+                print(f"({time.monotonic() - start:.1f} s: {words})", file=sys.stderr)
             count += 1
             if everything or (pair.differing() and not expected(pair)):
                 apart += bool(pair.differing())

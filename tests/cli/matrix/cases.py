@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Final
 
-from tests.cli.matrix.images import DAMAGED, OTHERS, RECIPES, SECRET, SOUND
+from tests.cli.matrix.images import DAMAGED, OTHERS, SECRET, SOUND
 
 ALL: Final = (*SOUND, *DAMAGED, *OTHERS)
 WRITABLE: Final = ("raw", "q3", "q2", "qext", "q512", "qz", "over", "snap", "bm", "outside")
@@ -225,14 +225,13 @@ def _create() -> Iterator[str]:
                    "nocow=on", "bogus=1", "help", "cluster_size=4k", "backing_file=q3", "extent_size_hint=1M"):  # fmt: skip
         yield f"create -f raw -o {option} new 64k"
         yield f"create -o {option} new"
-    for option in ("iter-time=10", "cipher-alg=aes-128,iter-time=10", "cipher-alg=bogus", "hash-alg=sha1,iter-time=10", "help",
-                   "iter-time=0", "iter-time=x", "cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256,iter-time=10",
-                   "bogus=1", "key-secret=nosuch"):  # fmt: skip
+    for option in ("cipher-alg=bogus", "help", "iter-time=x", "bogus=1", "key-secret=nosuch",
+                   "cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256,iter-time=10"):  # fmt: skip
         yield f"create -f luks --object {SECRET} -o key-secret=s0,{option} new 1M"
     yield from (f"create -f luks --object {SECRET} new 1M", "create -f luks new 1M", "create -f luks -o help",
                 f"create -f qcow2 --object {SECRET} -o encrypt.format=luks,encrypt.key-secret=s0,encrypt.iter-time=10 new 1M",
                 f"create -f qcow2 --object {SECRET} -o encrypt.format=aes,encrypt.key-secret=s0 new 1M",
-                f"create -q -f luks --object {SECRET} -o key-secret=s0,iter-time=10 new 512k")  # fmt: skip
+                )  # fmt: skip
     for backing in ("q3", "raw", "over", "missing", "directory", "text", "luks", "''", "q4", "empty", "odd", "new"):
         for options in ("", "-F qcow2 ", "-F raw ", "-u -F qcow2 "):
             yield f"create -f qcow2 {options}-b {backing} new"
@@ -387,7 +386,8 @@ def _amend() -> Iterator[str]:
     for name in ("q3", "q2", "qext", "q512", "qz", "qzstd", "q1bit", "over", "snap", "outside", "qpre"):
         for option in ("compat=0.10", "compat=1.1", "refcount_bits=16", "refcount_bits=64", "lazy_refcounts=on",
                        "lazy_refcounts=off", "size=2M", "data_file_raw=off"):  # fmt: skip
-            yield f"amend -o {option} {name}"
+            if not ("refcount" in option and name in ("qext", "q1bit")):  # qemu-img takes up to 13 seconds for those
+                yield f"amend -o {option} {name}"
     for line in ("", "q3", "-o compat=1.1", "-o help q3", "-f qcow2 -o help", "-f raw -o help", "-f bogus -o help", "-o bogus=1 q3",
                  "-o cluster_size=4k q3", "-o extended_l2=on q3", "-o backing_file=raw q3", "-o backing_fmt=raw q3",
                  "-o preallocation=full q3", "-o compression_type=zstd q3", "-o data_file=x q3", "-o compat=bogus q3",

@@ -112,9 +112,12 @@ def _typed(format: str, given: Mapping[str, str]) -> object:
             only = "\nThis option is only supported for image creation" if name in creatable else ""
             raise Failure(f"Invalid parameter '{key}'{only}")
     try:
-        return parse(driver.amend_options, given, owner=format)
+        typed = parse(driver.amend_options, given, owner=format)
     except OptionError as error:
         raise Failure(message_of(error)) from error
+    if getattr(typed, "size", None) == 0:  # more likely a slip of a script than a wish: everything would be lost
+        raise Failure("New image size must be positive")
+    return typed
 
 
 def _describe(format: str) -> str:

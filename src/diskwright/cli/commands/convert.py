@@ -230,7 +230,10 @@ def _create(wish: Wish, size: int, graph: Graph) -> None:
     try:
         creation = plan(wish.target, wish.target_format, options, gate=graph.gate, secrets=graph.secrets)
     except OptionError as error:
-        raise Failure(message_of(error)) from error
+        text = message_of(error)
+        if text.startswith("Backing format") or "does not accept value" in text:
+            raise _not_created(wish, error) from error
+        raise Failure(text) from error
     except (DiskwrightError, OSError) as error:
         raise _not_created(wish, error) from error
     try:

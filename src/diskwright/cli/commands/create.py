@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from diskwright.cli import common
 from diskwright.cli.common import Failure, UsageError, opening_error
-from diskwright.errors import DiskwrightError
+from diskwright.errors import DiskwrightError, ImageLocked
 
 if TYPE_CHECKING:
     from diskwright.core.create import Plan
@@ -138,6 +138,8 @@ def creation_error(error: BaseException) -> str:
     """Why a creation failed, where the image's name has been told already."""
     from diskwright.errors import message_of
 
+    if isinstance(error, ImageLocked):
+        return opening_error(error)
     if not isinstance(error, OSError) or error.errno is None:
         return _backing_last(message_of(error))
     if error.filename is None:

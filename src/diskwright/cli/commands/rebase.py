@@ -54,7 +54,10 @@ def run(args: argparse.Namespace) -> int:
         _check_format(args.backing_format)
         if args.unsafe:
             _refuse(image, args)
-            _rename(image, args)
+            reporter = Reporter.of(args, lambda: Amount(0, 1), phase="rebase")
+            with reporter:
+                _rename(image, args)
+            reporter.end_line()
             return 0
         new = _open_new(graph, image, args, source_cache)
         _refuse(image, args)

@@ -9,7 +9,7 @@ from diskwright.cli import common
 from diskwright.cli.common import Failure, UsageError
 from diskwright.cli.faces import program
 from diskwright.cli.parser import Parser
-from diskwright.errors import DiskwrightError, OptionError, message_of
+from diskwright.errors import DiskwrightError, OptionError, OutOfRange, message_of
 from diskwright.units import MAX_DISK_SIZE, SECTOR, parse_size
 
 if TYPE_CHECKING:
@@ -67,11 +67,11 @@ def _amount(text: str) -> tuple[int, int]:
     try:
         return sign, parse_size(digits)
     except OptionError as error:
-        if "larger than" in str(error):
-            raise Failure(f"Parameter 'size' is out of range. {error}") from None
+        if isinstance(error, OutOfRange):
+            raise Failure(f"Value '{digits}' is out of range for parameter 'size'") from None
         raise Failure(
-            "Parameter 'size' expects a non-negative number below 2^64, with an optional suffix k, M, G, T, P or E; "
-            f"'{digits}' is none"
+            f"Parameter 'size' expects a non-negative number below 2^64: '{digits}' is none, with or without a suffix k, "
+            "M, G, T, P or E"
         ) from None
 
 

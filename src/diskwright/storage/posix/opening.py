@@ -24,7 +24,7 @@ def open_image(filename: str, flags: int) -> tuple[int, os.stat_result]:
     try:
         status = os.fstat(fd)
         if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), filename)
+            raise IsADirectoryError(errno.EISDIR, f"'file' driver requires '{filename}' to be a regular file", filename)
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
             raise _wrong_kind(filename)
         os.set_blocking(fd, True)
