@@ -23,7 +23,7 @@ from diskwright.core.graph import Graph, identity, storage_for
 from diskwright.core.node import StorageNode
 from diskwright.core.secrets import Secrets, bind
 from diskwright.errors import DiskwrightError, GraphError, ImageError, ImageLocked, OptionError
-from diskwright.units import MAX_BACKING_NAME
+from diskwright.units import MAX_BACKING_NAME, SECTOR, align_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -299,7 +299,7 @@ def _look_at_backing(filename: str, own: dict[str, object], gate: Gate | None, s
         with _own_graph(gate, secrets) as graph:
             # Only its size is read, so somebody else may be writing to it meanwhile.
             node = graph.open(resolve(name, filename), driver=format, force_share=True)
-            size, found = node.size, node.driver_name
+            size, found = align_up(node.size, SECTOR), node.driver_name
     except OSError as error:
         raise OSError(error.errno, f"Could not open backing image: {error.strerror}", error.filename or name) from error
     except DiskwrightError as error:

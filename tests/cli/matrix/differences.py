@@ -232,6 +232,22 @@ TABLE: Final[tuple[Difference, ...]] = (
         "Without a command there is an error even after `-T` or `--`.", "--", "code err", "^(--|-T x)$", _only_theirs_succeeds,
     ),
     Difference(
+        "`snapshot` says why it cannot do something, not only an error's number, and names what is missing first.",
+        "snapshot -c new outside", "err files", "^snapshot -[ac] ", _both_fail,
+    ),
+    Difference(
+        "An image whose refcounts are wrong gets no snapshot.",
+        "snapshot -c new corrupt-refcount", "code err files", "^snapshot -c new corrupt", _only_theirs_succeeds,
+    ),
+    Difference(
+        "A file that holds a secret and cannot be read is named once.",
+        "info --object secret,id=s,file=missing q3", "err", "secret,id=s,file=missing", _both_fail,
+    ),
+    Difference(
+        "A name that is a link to nowhere is not created.",
+        "create dangling 1M", "code err files", "^create .*dangling", _only_theirs_succeeds,
+    ),
+    Difference(
         "`bench` of an empty image fails; qemu-img is killed by a division by zero.",
         "bench -c 5 empty", "code out err", "^bench .*empty$", lambda pair: pair.theirs.code < 0,
     ),
@@ -240,7 +256,7 @@ TABLE: Final[tuple[Difference, ...]] = (
     ),
     Difference(
         "`commit` looks at the chain first, and locks or warns as for reading.",
-        "commit locked", "out err", "^commit .*(locked|raw|q3|qext|snap)$", _both_fail,
+        "commit locked", "out err", "^commit .*(locked|raw|q3|qext|snap|directory)$", _both_fail,
     ),
     Difference(
         "`/dev/null` and other character devices are no images.",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.cli.matrix.images import NEEDS, SECRET
+from tests.cli.matrix.images import NEEDS
 from tests.cli.run import TIMEOUT, Result, qemu_img
 
 READING = ("info", "map", "measure", "compare")
@@ -47,6 +47,10 @@ class Pair:
             name for name in ("code", "out", "err", "files") if getattr(self.ours, name) != getattr(self.theirs, name)
         }
 
+    def unlucky(self) -> bool:
+        """Whether qemu-img failed for the sake of something outside."""
+        return _UNLUCKY in self.theirs.err
+
     def _sides(self) -> tuple[tuple[str, Outcome], ...]:
         return ("ours", self.ours), ("theirs", self.theirs)
 
@@ -63,8 +67,8 @@ def run(words: tuple[str, ...], prepared: Path, scratch: Path) -> Pair:
         ours, theirs = _ours(words, prepared), qemu_img(*words, cwd=prepared)
         return Pair(words, _outcome(ours, {}), _outcome(theirs, {}))
     pair = _in_two_places(words, prepared, scratch)
-    for _ in range(20):
-        if _UNLUCKY not in pair.theirs.err:
+    for _ in range(3):
+        if not pair.unlucky():
             break
         pair = _in_two_places(words, prepared, scratch)
     return pair
@@ -201,16 +205,12 @@ def _images(places: list[Path], name: str) -> tuple[object, object]:
     infos = [_info(place, name) for place in places]
     if infos[0] != infos[1] or infos[0] is None:
         return tuple(infos)  # type: ignore[return-value]
-    words = ["compare"]
-    if infos[0]["format"] == "luks":
-        words += ["--object", SECRET.replace("~", " "), "--image-opts"]
-        names = [f"driver=luks,key-secret=s0,file.filename={place / name}" for place in places]
-    else:
-        words += ["-f", infos[0]["format"], "-F", infos[0]["format"]]
-        names = [str(place / name) for place in places]
-    if infos[0].get("encrypted") and infos[0]["format"] == "qcow2":
+    if infos[0].get("encrypted"):
+        return infos[0], infos[1]  # with keys of their own, what was never written is garbage, and not the same
+    if not infos[0].get("backing-filename", "") in ("", *os.listdir(places[0])):
         return infos[0], infos[1]
-    found = qemu_img(*words, *names, cwd=places[0])
+    names = [str(place / name) for place in places]
+    found = qemu_img("compare", "-f", infos[0]["format"], "-F", infos[0]["format"], *names, cwd=places[0])
     sound = [
         qemu_img("check", "-q", "-f", str(info["format"]), name, cwd=at).code
         for info, at in zip(infos, places, strict=True)
