@@ -245,10 +245,9 @@ def test_launchers(long: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not launcher.exists()
 
 
-@pytest.mark.parametrize("words", [["tools"], ["tools", "bogus"], ["tools", "install"], ["tools", "install", ".", "bogus"],
-                                   ["tools", "install", "missing"]])  # fmt: skip
-def test_wrong_words(words: list[str], tmp_path: Path) -> None:
-    assert diskwright(*words, cwd=tmp_path).code == 1
+@pytest.mark.parametrize("words", ["tools", "tools none", "tools install", "tools install . it", "tools install no"])
+def test_wrong_words(words: str, tmp_path: Path) -> None:
+    assert diskwright(*words.split(), cwd=tmp_path).code == 1
 
 
 # -- starting ------------------------------------------------------------------------------------
@@ -262,7 +261,7 @@ def test_info_under_that_name_loads_as_little(script: Path, tmp_path: Path) -> N
     done = run(sys.executable, "-X", "importtime", link, "info", tmp_path / "disk")
     assert done.returncode == 0 and done.stdout.startswith("image: ")
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert "diskwright.cli.commands.info" in loaded
+    assert "diskwright.cli.parser" in loaded
     unwanted = {
         "numpy",
         "asyncio",
@@ -275,4 +274,3 @@ def test_info_under_that_name_loads_as_little(script: Path, tmp_path: Path) -> N
         "ctypes",
     }
     assert not loaded & unwanted
-    assert {name for name in loaded if name.startswith("diskwright.cli.commands.")} == {"diskwright.cli.commands.info"}

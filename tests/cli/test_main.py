@@ -139,7 +139,7 @@ def test_info_loads_neither_numpy_nor_package_metadata(words: list[str], tmp_pat
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True
     )
-    expected = ["commands", "commands.info", "common", "faces", "main", "output"]
+    expected = ["commands", "commands.info", "common", "faces", "failure", "main", "output", "parser"]
     assert done.stdout.splitlines()[-1] == f"0 [] {expected}"
 
 

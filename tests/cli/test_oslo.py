@@ -28,7 +28,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def parsed(result: Result, form: str) -> dict[str, object]:
     assert result.code == 0, result
-    found = imageutils.QemuImgInfo(result.out, format=form)
+    try:
+        found = imageutils.QemuImgInfo(result.out, format=form)
+    except ValueError as error:
+        if "Only 'json' is supported" in str(error):
+            pytest.skip("this oslo.utils does not parse text any more")
+        raise
     return {fact: getattr(found, fact, None) for fact in FACTS}
 
 

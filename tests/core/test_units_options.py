@@ -34,13 +34,16 @@ class Example:
         ("2G", 2 << 30),
         ("1T", 1 << 40),
         ("7E", 7 << 60),
+        ("1.M", 1 << 20),
+        ("0x10", 16),
+        (" +5", 5),
     ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "k", "-1", "1x", "1.M", "1..2k", "0x10", "9E", "1kk", "\u0661", "1.²k"])
+@pytest.mark.parametrize("text", ["", "k", "-1", "1x", "1..2k", "1.5", "0x", "0x1k", "9E", "1kk", "\u0661", "1.²k"])
 def test_bad_sizes_are_refused(text: str) -> None:
     with pytest.raises(OptionError, match="ize"):
         parse_size(text)

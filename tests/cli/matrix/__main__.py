@@ -1,4 +1,5 @@
-"""``python -m tests.cli.matrix``: counts the command lines, or runs some and shows what differs. ``=info`` is a group."""
+"""``python -m tests.cli.matrix``: counts the command lines, or runs some and shows what differs. ``=info`` is a group,
+``--all`` shows what is meant to differ too."""
 
 from __future__ import annotations
 

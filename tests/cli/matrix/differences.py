@@ -105,8 +105,8 @@ TABLE: Final[tuple[Difference, ...]] = (
         _says("compatibility level 1.1 or above"),
     ),
     Difference(
-        "`-o help` says the same of an option in other words, lists the options of a format's file also when the file is "
-        "not named, and those only this program has.",
+        "`-o help` says the same of an option in other words, lists the options of a format's file also when the file "
+        "is not named, and those only this program has.",
         "create -f luks -o help", "out", "help|[?]", _options_are_there,
     ),
     Difference(
@@ -171,8 +171,8 @@ TABLE: Final[tuple[Difference, ...]] = (
         "`measure -O luks` is not there yet.", "measure -O luks --size 1M", "err", "^measure -O luks", _both_fail,
     ),
     Difference(
-        "`convert -n -c` may overwrite what is there.", "convert -n -c -O qcow2 q3 q4", "code err files", "^convert -n -c",
-        lambda pair: pair.ours.code == 0,
+        "`convert -n -c` may overwrite what is there.", "convert -n -c -O qcow2 q3 q4", "code err files",
+        "^convert -n -c", lambda pair: pair.ours.code == 0,
     ),
     Difference(
         "`convert -n -B` looks at the target's own backing file, and copies all when there is none; qemu-img then "
@@ -205,7 +205,8 @@ TABLE: Final[tuple[Difference, ...]] = (
     ),
     Difference(
         "Options may be written with hyphens: `cluster-size`.",
-        "create -f qcow2 -o cluster-size=4k new 1M", "code out err files", "-o cluster-size", lambda pair: pair.ours.code == 0,
+        "create -f qcow2 -o cluster-size=4k new 1M", "code out err files", "-o cluster-size",
+        lambda pair: pair.ours.code == 0,
     ),
     Difference(
         "`Formatting` shows a switch as `on` or `off`, however it was given.",
@@ -229,7 +230,8 @@ TABLE: Final[tuple[Difference, ...]] = (
         "info --image-opts driver=qcow2", "err", "driver=(qcow2|luks|raw)$|json:|nbd:", _both_fail,
     ),
     Difference(
-        "Without a command there is an error even after `-T` or `--`.", "--", "code err", "^(--|-T x)$", _only_theirs_succeeds,
+        "Without a command there is an error even after `-T` or `--`.", "--", "code err", "^(--|-T x)$",
+        _only_theirs_succeeds,
     ),
     Difference(
         "`snapshot` says why it cannot do something, not only an error's number, and names what is missing first.",

@@ -75,8 +75,8 @@ NEEDS: Final[dict[str, tuple[str, ...]]] = {
 """What an image is not complete without."""
 
 DAMAGED: Final = (
-    "odd", "short", "text", "header-cut", "version-9", "bits-60", "size-huge", "l1-far", "features", "leak", "corrupt-l2",
-    "corrupt-refcount", "dirty", "marked", "header-length", "luks-cut", "luks-version",
+    "odd", "short", "text", "header-cut", "version-9", "bits-60", "size-huge", "l1-far", "features", "leak",
+    "corrupt-l2", "corrupt-refcount", "dirty", "marked", "header-length", "luks-cut", "luks-version",
 )  # fmt: skip
 
 SOUND: Final = tuple(name for name in RECIPES if name != "locked")

@@ -207,7 +207,7 @@ def _images(places: list[Path], name: str) -> tuple[object, object]:
         return tuple(infos)  # type: ignore[return-value]
     if infos[0].get("encrypted"):
         return infos[0], infos[1]  # with keys of their own, what was never written is garbage, and not the same
-    if not infos[0].get("backing-filename", "") in ("", *os.listdir(places[0])):
+    if infos[0].get("backing-filename", "") not in ("", *os.listdir(places[0])):
         return infos[0], infos[1]
     names = [str(place / name) for place in places]
     found = qemu_img("compare", "-f", infos[0]["format"], "-F", infos[0]["format"], *names, cwd=places[0])

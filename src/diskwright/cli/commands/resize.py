@@ -70,8 +70,8 @@ def _amount(text: str) -> tuple[int, int]:
         if isinstance(error, OutOfRange):
             raise Failure(f"Value '{digits}' is out of range for parameter 'size'") from None
         raise Failure(
-            f"Parameter 'size' expects a non-negative number below 2^64: '{digits}' is none, with or without a suffix k, "
-            "M, G, T, P or E"
+            f"Parameter 'size' expects a non-negative number below 2^64: '{digits}' is none, with or without a "
+            "suffix k, M, G, T, P or E"
         ) from None
 
 

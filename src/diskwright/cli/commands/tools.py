@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", metavar="install|uninstall|list")
     parser.add_argument(
         "operands", nargs="*", metavar="DIRECTORY [NAME ...]",
-        help=f"where the links go, and which (default: all of {', '.join(FACES)}); for list: where to look besides PATH",
+        help=f"where the links go, and which (default: all of {', '.join(FACES)}); for list: where to look too",
     )  # fmt: skip
 
 
