@@ -355,6 +355,7 @@ def _dd() -> Iterator[str]:
             " bs=64k skip=3",
             " count=0",
             " skip=9999",
+            " bs=64k skip=3 count=5",
         ):
             yield f"dd if={name} of=new{rest}"
         yield f"dd -O qcow2 if={name} of=new bs=32k count=2"
