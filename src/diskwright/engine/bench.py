@@ -55,12 +55,13 @@ class Bench:
         load = self._load
         buffer = memoryview(bytearray(load.size) if load.pattern is None else bytes([load.pattern]) * load.size)
         try:
-            while (offset := self._take()) is not None:
+            while (taken := self._take()) is not None:
+                offset, due = taken
                 if load.pattern is None:
                     self._node.readv([(offset, buffer)])
                 else:
                     self._node.writev([(offset, buffer)])
-                if self._done():
+                if self._done(due):
                     self._flush()
         except BaseException as error:
             with self._state:
@@ -68,8 +69,9 @@ class Bench:
                 self._left = 0
                 self._state.notify_all()
 
-    def _take(self) -> int | None:
-        """The next request's offset; None when there are no more. Waits while a flush has to be waited for."""
+    def _take(self) -> tuple[int, bool] | None:
+        """The next request's offset, and whether a flush is due behind it; None when there are no more. Waits while a
+        flush has to be waited for."""
         with self._state:
             while self._flushing and self._error is None:
                 self._state.wait()
@@ -81,19 +83,15 @@ class Bench:
             self._next = (offset + (load.step or load.size)) % self._node.size if self._node.size else 0
             self._left -= 1
             self._busy += 1
-            if load.drain and self._flush_is_due():
-                self._flushing = True
-            return offset
+            due = bool(load.flush_interval) and self._left % load.flush_interval == 0
+            self._flushing = self._flushing or (due and load.drain)
+            return offset, due
 
-    def _flush_is_due(self) -> bool:
-        interval = self._load.flush_interval
-        return bool(interval) and self._left % interval == 0
-
-    def _done(self) -> bool:
+    def _done(self, due: bool) -> bool:
         """Counts a request as ended; whether a flush is this thread's to send now."""
         with self._state:
             self._busy -= 1
-            return self._busy == 0 if self._flushing else not self._load.drain and self._flush_is_due()
+            return self._busy == 0 if self._flushing else due
 
     def _flush(self) -> None:
         self._node.flush()

@@ -250,8 +250,8 @@ TABLE: Final[tuple[Difference, ...]] = (
         "create dangling 1M", "code err files", "^create .*dangling", _only_theirs_succeeds,
     ),
     Difference(
-        "`dd` with `skip` and `count` copies `count` blocks, as both manuals say; qemu-img counts from the beginning of "
-        "the source, and so copies too little.",
+        "`dd` with `skip` and `count` copies `count` blocks, as both manuals say; qemu-img counts from the beginning "
+        "of the source, and so copies too little.",
         "dd if=q3 of=new bs=64k skip=3 count=5", "files", "^dd .*skip=.* count=", lambda pair: pair.ours.code == 0,
     ),
     Difference(
