@@ -267,17 +267,20 @@ def test_refusals_in_other_words(words: str, tmp_path: Path) -> None:
     make(tmp_path, "qemu-img create -q -f qcow2 base.qcow2 1M", "truncate -s 64k small.raw")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     ours = diskwright("convert", *words.split(), cwd=tmp_path)
-    assert ours.code == 1
-    assert ours.err.startswith("PROGRAM: ") and ours.err.count("\n") == 1
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert ours.code == 1
+    assert ours.err.startswith("PROGRAM: ")
+    if "missing" not in words:  # where the second line says what the missing file is for
+        theirs = qemu_img("convert", *words.split(), cwd=tmp_path)
+        assert ours.err.count("\n") == 1 or ours.err.splitlines()[1:] == theirs.err.splitlines()[1:]
+        (tmp_path / "out").unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("flag", ["--salvage"])
-def test_what_cannot_be_done_yet_is_refused_in_plain_words(flag: str, tmp_path: Path) -> None:
+def test_what_cannot_be_done_yet_is_refused_in_plain_words(tmp_path: Path) -> None:
     images.build("qcow2-data", tmp_path)
-    done = diskwright("convert", flag, "-O", "qcow2", "image", "out", cwd=tmp_path)
+    done = diskwright("convert", "--salvage", "-c", "-O", "qcow2", "image", "out", cwd=tmp_path)
     assert (done.code, done.out) == (1, "")
-    assert flag in done.err and done.err.endswith(" yet\n")
+    assert "--salvage" in done.err and done.err.endswith(" yet\n")
     assert not (tmp_path / "out").exists()
 
 

@@ -147,7 +147,8 @@ def test_refusals_in_other_words(words: str, bases: Path) -> None:
     assert {path.name: path.read_bytes() for path in bases.iterdir()} == before
     theirs = qemu_img("create", *words.split(), cwd=bases)
     assert ours.code == theirs.code == 1
-    assert ours.err.startswith("PROGRAM: ") and ours.err.count("\n") == 1
+    assert ours.err.startswith("PROGRAM: ")
+    assert ours.err.count("\n") == 1 or ours.err.splitlines()[1:] == theirs.err.splitlines()[1:]
 
 
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
