@@ -216,12 +216,12 @@ def test_zeros_in_version_2(places: tuple[Path, Path], line: str) -> None:
 
 @pytest.mark.parametrize("places", ["raw"], indirect=True)
 def test_a_guessed_format(places: tuple[Path, Path]) -> None:
-    """A guessed raw disk is not made to look like another format; both say that it was guessed, in their own words."""
+    """A guessed raw disk is not made to look like another format; both say that it was guessed."""
     theirs, ours = places
     (ours / "magic").write_bytes(b"QFI\xfb\0\0\0\3")
     for words, failed in ((["-c", "write -s magic 0 8"], True), (["-c", "write 64k 64k", "-c", "read 0 1M"], False)):
         done = diskwright("io", *words, "image", cwd=ours)
-        assert done.code == failed and "guessed to be raw" in done.err
+        assert done.code == failed and "guessed raw" in done.err
     assert "guessed raw" in qemu_io(["-c", "length", "image"], theirs).err
     assert (ours / "image").read_bytes()[:8] == b"A" * 8
 

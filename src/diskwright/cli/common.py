@@ -251,17 +251,16 @@ def open_image(
         reason = opening_error(error).removeprefix(f"{name}: ")
         raise Failure(f"Could not open '{name}': {reason}", code) from error
     if writable:
-        _warn_of_guess(node, spec, format)
+        given = _as_mapping(spec).get("driver") if not isinstance(spec, str) else None
+        warn_guessed_raw(name, node, format or given, False)
     return node
 
 
-def _warn_of_guess(node: Node, spec: str | dict[str, object], format: str | None) -> None:
+def warn_guessed_raw(name: str, node: Node, format: object, image_opts: bool) -> None:
     """Says that an image to be changed was taken for raw only because nothing else fits: whoever writes its first
-    bytes could make it another one."""
-    given = format or (
-        _as_mapping(spec).get("driver") if not isinstance(spec, str) or spec.startswith("json:") else None
-    )
-    if given is not None or node.driver_name != "raw" or node.file is None:
+    bytes could make it another one. ``format`` is the one that was given; ``image_opts`` or a ``json:`` name say what
+    they mean."""
+    if format is not None or image_opts or name.startswith("json:") or node.driver_name != "raw" or node.file is None:
         return
     lines = (
         f"WARNING: Image format was not specified for '{node.file.filename}' and probing guessed raw.",

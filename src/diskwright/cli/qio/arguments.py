@@ -86,9 +86,10 @@ def _take(found: Arguments, option: str, value: str) -> None:
         _show_help()
         raise Done()
     if option == "V":
-        from diskwright.version import __version__
+        from diskwright.cli.faces import current
+        from diskwright.cli.help import version
 
-        print(f"{program()} version {__version__}")
+        print(version(current()))
         raise Done()
     if option == "c":
         found.commands.append(value)
