@@ -16,7 +16,7 @@ WRITABLE: Final = ("raw", "q3", "q2", "qext", "q512", "qz", "over", "snap", "bm"
 
 FORMATS: Final = {
     "raw": "raw", "empty": "raw", "odd": "raw", "luks": "luks", "text": "raw", "short": "raw", "luks-cut": "luks",
-    "luks-version": "luks",
+    "luks-version": "luks", "vdi": "vdi",
 }  # fmt: skip
 """The formats that are not qcow2."""
 
@@ -251,6 +251,11 @@ def _create() -> Iterator[str]:
     for option in ("cipher-alg=bogus", "help", "iter-time=x", "bogus=1", "key-secret=nosuch",
                    "cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256,iter-time=10"):  # fmt: skip
         yield f"create -f luks --object {SECRET} -o key-secret=s0,{option} new 1M"
+    for option in ("preallocation=metadata", "preallocation=off", "preallocation=full", "static=on", "bogus=1", "help",
+                   "cluster_size=4k", "backing_file=q3", "size=x"):  # fmt: skip
+        yield f"create -f vdi -o {option} new 1M"
+    for size in ("0", "1", "1000", "1M", "1500k", "1T", "1G"):
+        yield f"create -f vdi new {size}"
     yield from (f"create -f luks --object {SECRET} new 1M", "create -f luks new 1M", "create -f luks -o help",
                 f"create -f qcow2 --object {SECRET} -o {_ENCRYPT} new 1M",
                 f"create -f qcow2 --object {SECRET} -o encrypt.format=aes,encrypt.key-secret=s0 new 1M",
@@ -286,6 +291,7 @@ def _convert() -> Iterator[str]:
     for name in (*SOUND, *DAMAGED, "missing", "directory", "locked", "link"):
         yield f"convert {name} new"
         yield f"convert -O qcow2 {name} new"
+        yield f"convert -O vdi {name} new"
     for name in ("raw", "q3", "qext", "qz", "over", "snap"):
         for options in ("-c", "-o cluster_size=4k", "-o compat=0.10", "-o extended_l2=on", "-S 0", "-S 64k",
                         "-W -m 4", "-m 1",

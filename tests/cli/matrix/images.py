@@ -62,6 +62,7 @@ RECIPES: Final[dict[str, tuple[str, ...]]] = {
         f"qemu-io --object {SECRET} --image-opts -c write~-P~1~0~64k driver=luks,key-secret=s0,file.filename=luks",
     ),
     "qluks": (f"qemu-img create -q -f qcow2 --object {SECRET} -o {_ENCRYPT} qluks 1M",),
+    "vdi": ("qemu-img create -q -f vdi vdi 3M", "qemu-io -f vdi -c write~-P~1~0~100k -c write~-z~1M~1M vdi"),
     "locked": ("qemu-img create -q -f qcow2 locked 1M",),
 }
 """By name; later ones may need earlier ones."""
