@@ -141,6 +141,19 @@ def test_operands_go_where_they_were_declared() -> None:
         single.parse(["a", "b"])
 
 
+def test_options_that_exclude_each_other() -> None:
+    parser = Parser()
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("-a", "--alpha")
+    group.add_argument("-b", "--beta", action="store_true")
+    parser.add_argument("--must", required=True)
+    with pytest.raises(UsageError, match="--al and -b exclude each other"):
+        parser.parse(["--al", "x", "-b", "--must=1"])
+    with pytest.raises(UsageError, match="--must is missing"):
+        parser.parse(["-b"])
+    assert parser.parse(["-b", "--must=1"]).beta
+
+
 def test_salvaging_keeps_all_that_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two sectors of the source give errors; all others of their pieces are in the copy."""
     from diskwright.core.node import FormatNode

@@ -91,7 +91,10 @@ def _parsed(text: str) -> tuple[str, dict[str, str]]:
         pairs = dict(split_pairs(rest))
     except OptionError:
         raise OptionError("An --object has a value without a name") from None  # not with the text: it holds a secret
-    return kind.removeprefix("qom-type="), pairs
+    kind = kind.removeprefix("qom-type=")
+    if not kind or "=" in kind:
+        raise OptionError("Parameter 'qom-type' is missing")
+    return kind, pairs
 
 
 def _flat(value: object, name: str = "") -> dict[str, str]:

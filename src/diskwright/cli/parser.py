@@ -25,6 +25,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *, prog: str | None = None, description: str | None = None) -> None:
         super().__init__(prog=prog, description=description, formatter_class=_formatter)
+        self._given: dict[int, str] = {}  # by action, as it was written
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
@@ -39,6 +40,7 @@ class Parser(argparse.ArgumentParser):
         if self.last_is_operand and words and words[-1] not in ("-h", "--help"):
             last = [words.pop()]
         args = self._defaults_only()
+        self._given = {}
         operands: list[str] = []
         at = 0
         while at < len(words):
@@ -51,12 +53,24 @@ class Parser(argparse.ArgumentParser):
                 break
             else:
                 at = self._option(args, words, at)
+        self._check_together()
         self._distribute(args, operands + last)
         return args
+
+    def _check_together(self) -> None:
+        """Raises UsageError for options that exclude each other, and for one that has to be given and is not."""
+        for group in self._mutually_exclusive_groups:
+            given = [self._given[id(action)] for action in group._group_actions if id(action) in self._given]
+            if len(given) > 1:
+                raise UsageError(f"{given[0]} and {given[1]} exclude each other")
+        for action in self._actions:
+            if action.option_strings and action.required and id(action) not in self._given:
+                raise UsageError(f"{action.option_strings[0]} is missing")
 
     def parse_leading(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         """The options before the first operand, and what is left from that operand on."""
         words, args, at = list(arguments), self._defaults_only(), 0
+        self._given = {}
         while at < len(words) and _is_option(words[at]):
             if words[at] == "--":
                 return args, words[at + 1 :]
@@ -134,6 +148,7 @@ class Parser(argparse.ArgumentParser):
         return next(iter(found.values())) if len(found) == 1 else None
 
     def _act(self, action: argparse.Action, args: argparse.Namespace, text: str | None, given: str) -> None:
+        self._given[id(action)] = given
         if text is None:
             action(self, args, [], given)
             return
