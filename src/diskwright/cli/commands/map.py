@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from bisect import bisect_right
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from diskwright.cli import common
 from diskwright.cli.common import Failure
+from diskwright.cli.rowtext import row_text
 from diskwright.errors import DiskwrightError, message_of
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from diskwright.core.node import Node
-    from diskwright.core.status import Status
+    from diskwright.core.status import Spans
 
 SUMMARY: Final = "list where the bytes of an image are"
 
+_AT_ONCE: Final = 4096
+"""Rows made into text at once: what is made of them stays in a processor's cache."""
 
-class Row(NamedTuple):
-    """One line of the map. ``place`` is where the bytes are in ``filename``, or -1."""
-
-    start: int
-    length: int
-    depth: int
-    present: bool
-    zero: bool
-    data: bool
-    place: int
-    filename: str
-
-    def continues(self, last: Row) -> bool:
-        if self[2:6] != last[2:6] or self.filename != last.filename:
-            return False
-        if self.place < 0 or last.place < 0:
-            return self.place == last.place
-        return self.place == last.place + last.length
+_NOWHERE: Final = 1 << 7
+_DEPTH: Final = 8
+"""Bits of a row's code for its text, above the status's flags: it has no place; from which bit on its depth is."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,109 +60,122 @@ def run(args: argparse.Namespace) -> int:
         )
         size = common.guest_size(node)
         end = size if args.max_length is None else min(size, args.start_offset + args.max_length)
-        rows = merged(_rows(node, args.start_offset, end))
+        layers = _Layers(node)
+        rows = _rows(layers, args.start_offset, end)
         if as_json:
             _print_json(rows, args.start_offset)
         else:
-            _print_table(rows)
+            _print_table(rows, layers)
     return 0
 
 
-def _print_json(rows: Iterator[Row], start: int) -> None:
+def _print_json(rows: Iterator[Spans], start: int) -> None:
     """One object a line, printed as they are found: a map can have millions of them."""
+    write = sys.stdout.write
     before = "["
-    for row in rows:
-        print(before + _object(row), end="")
-        before = ",\n"
+    for part in rows:
+        # One column for all that is not a number.
+        codes = part.flags + (part.depth.astype("int64") << _DEPTH) + (part.file_offset < 0) * _NOWHERE
+        objects = row_text(codes, (part.offset, part.length, part.file_offset), _template)
+        write(before + objects[:-2])
+        before = objects[-2:]
     if before == "[":
-        print(before + _object(Row(start, 0, 0, False, False, False, -1, "")), end="")
-    print("]")
+        write(f'[{{ "start": {start}, "length": 0, "depth": 0, "present": false, "zero": false, "data": false}}')
+    write("]\n")
 
 
-def _object(row: Row) -> str:
-    place = f', "offset": {row.place}' if row.place >= 0 else ""
-    return (
-        f'{{ "start": {row.start}, "length": {row.length}, "depth": {row.depth}, "present": {_word(row.present)}, '
-        f'"zero": {_word(row.zero)}, "data": {_word(row.data)}{place}}}'
-    )
+def _template(code: int) -> tuple[str, ...]:
+    """What stands before, between and behind the numbers of an object."""
+    from diskwright.core.status import HAS_DATA, IS_PRESENT, IS_ZERO
+
+    present, zero, data = (_word(code & bit != 0) for bit in (IS_PRESENT, IS_ZERO, HAS_DATA))
+    rest = f', "depth": {code >> _DEPTH}, "present": {present}, "zero": {zero}, "data": {data}'
+    return '{ "start": ', ', "length": ', rest if code & _NOWHERE else rest + ', "offset": ', "},\n"
 
 
 def _word(value: bool) -> str:
     return "true" if value else "false"
 
 
-def _print_table(rows: Iterator[Row]) -> None:
+def _print_table(rows: Iterator[Spans], layers: _Layers) -> None:
     """Only what is stored as it is: a table of places cannot show anything else."""
+    from diskwright.core.status import HAS_DATA, IS_ZERO
+
     print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
-    for row in rows:
-        if row.data and row.place < 0:
+    for part in rows:
+        data = part.flags & HAS_DATA != 0
+        nowhere = data & (part.file_offset < 0)
+        bad = bool(nowhere.any())
+        if bad:
+            data[int(nowhere.argmax()) :] = False
+        shown = part.take(data & (part.flags & IS_ZERO == 0))
+        columns = (shown.offset, shown.length, shown.file_offset, shown.depth)
+        sys.stdout.write(
+            "".join([
+                f"{_hex(start)}{_hex(length)}{_hex(place)}{layers.names[depth]}\n"
+                for start, length, place, depth in zip(*(column.tolist() for column in columns), strict=True)
+            ])
+        )  # fmt: skip
+        if bad:
             raise Failure("File contains external, encrypted or compressed clusters.")
-        if row.data and not row.zero:
-            print(f"{_hex(row.start):<16}{_hex(row.length):<16}{_hex(row.place):<16}{row.filename}")
 
 
 def _hex(value: int) -> str:
-    return f"{value:#x}" if value else "0"
+    return f"{value:<#16x}" if value else "0               "
 
 
-def merged(rows: Iterator[Row]) -> Iterator[Row]:
-    """Neighbours that say the same as one."""
-    last: Row | None = None
-    for row in rows:
-        if last is not None and row.continues(last):
-            last = last._replace(length=last.length + row.length)
-            continue
-        if last is not None:
-            yield last
-        last = row
+def _rows(layers: _Layers, start: int, end: int) -> Iterator[Spans]:
+    """What the map says, a few thousand rows at a time."""
+    from diskwright.core.status import join, spans
+    from diskwright.extents import windows
+
+    last: Spans | None = None
+    try:
+        for offset, length in windows(start, end - start):
+            found = layers.seen(spans(layers.node, offset, length))
+            found = (join([last, found]) if last is not None else found).merge()
+            # The last one may go on in the next window.
+            for at in range(0, len(found) - 1, _AT_ONCE):
+                yield found.take(slice(at, min(at + _AT_ONCE, len(found) - 1)))
+            last = found.take(slice(len(found) - 1, None))
+    except (DiskwrightError, OSError) as error:
+        raise Failure(f"Could not read file metadata: {message_of(error)}") from error
     if last is not None:
         yield last
 
 
-def _rows(node: Node, start: int, end: int) -> Iterator[Row]:
-    from diskwright.core.status import status
-    from diskwright.extents import windows
+class _Layers:
+    """The layers of an image by depth: the files their bytes are in, those files' names and holes."""
 
-    files = _Files()
-    try:
-        for offset, length in windows(start, end - start):
-            for run in status(node, offset, length):
-                yield from _rows_of(run, files)
-    except (DiskwrightError, OSError) as error:
-        raise Failure(f"Could not read file metadata: {message_of(error)}") from error
+    def __init__(self, node: Node) -> None:
+        from diskwright.core.node import FormatNode
+        from diskwright.core.status import layers, may_have_holes
 
+        self.node = node
+        self.names: list[str] = []
+        self._holes: list[_Holes | None] = []
+        for layer in layers(node):
+            file, sparse = layer, False
+            if isinstance(layer, FormatNode):
+                file, sparse = layer.format.children[layer.format.data_child], may_have_holes(layer)
+            self.names.append(file.filename)
+            self._holes.append(_Holes(file) if sparse else None)
 
-def _rows_of(run: Status, files: _Files) -> Iterator[Row]:
-    """A run as the map tells it: what lies beyond the end of a short backing image is credited to the
-    image above it, as something that image does not have."""
-    size = run.node.size
-    if run.depth and run.zero and run.end > size:
-        inside = max(0, size - run.offset)
-        if inside:
-            yield from _rows_of(run._replace(length=inside), files)
-        place = run.file_offset + inside if run.file_offset >= 0 else -1
-        yield Row(run.offset + inside, run.length - inside, run.depth - 1, False, True, False, place, "")
-        return
-    place = run.file_offset
-    if place < 0:
-        yield Row(run.offset, run.length, run.depth, run.present, run.zero, run.data, -1, "")
-        return
-    file, holes = files.of(run.node)
-    row = Row(run.offset, run.length, run.depth, run.present, run.zero, run.data, place, file.filename)
-    if run.data and holes is not None:
-        yield from _with_holes(row, holes)
-    else:
-        yield row
+    def seen(self, spans: Spans) -> Spans:
+        """Runs as the map tells them: what lies beyond the end of a short backing image is credited to the image above
+        it, as something that image does not have, and data is told from holes of the file."""
+        import numpy as np
 
+        from diskwright.core.status import IS_BEYOND, IS_PRESENT, Spans
 
-def _with_holes(row: Row, holes: _Holes) -> Iterator[Row]:
-    """``row`` cut up by whether the file has anything where its bytes would be."""
-    start, place, end = row.start, row.place, row.place + row.length
-    while place < end:
-        stop, hole = holes.run_at(place)
-        length = min(stop, end) - place
-        yield Row(start, length, row.depth, row.present, hole, row.data, place, row.filename)
-        start, place = start + length, place + length
+        beyond = spans.flags & IS_BEYOND != 0
+        if beyond.any():
+            flags = spans.flags & ~(beyond * np.uint8(IS_PRESENT))
+            spans = Spans(spans.offset, spans.length, flags, spans.depth - beyond, spans.file_offset)
+        for depth, holes in enumerate(self._holes):
+            if holes is not None:
+                spans = holes.told(spans, depth)
+        return spans
 
 
 class _Holes:
@@ -184,7 +189,49 @@ class _Holes:
         self._starts: list[int] = []
         self._runs: list[tuple[int, bool]] = []  # (end, whether it is a hole)
 
-    def run_at(self, offset: int) -> tuple[int, bool]:
+    def told(self, spans: Spans, depth: int) -> Spans:
+        """``spans`` with the data of that depth cut up by whether the file has anything where its bytes would be."""
+        import numpy as np
+
+        from diskwright.core.status import HAS_DATA, IS_ZERO, Spans
+
+        rows = np.flatnonzero((spans.depth == depth) & (spans.flags & HAS_DATA != 0) & (spans.file_offset >= 0))
+        if not len(rows):
+            return spans
+        place = spans.file_offset[rows]
+        end = place + spans.length[rows]
+        cuts, holes = self._runs_in(place, end)
+        # Every cut within a row makes one row more of it.
+        first = np.searchsorted(cuts, place, "right")
+        count = np.ones(len(spans), np.int64)
+        count[rows] += np.searchsorted(cuts, end, "left") - first
+        if len(cuts) > 1 and int(count.max()) > 1:
+            spans, rows = _split(spans, rows, count, cuts, first)
+            place = spans.file_offset[rows]
+        flags = spans.flags.copy()
+        flags[rows] |= holes[np.searchsorted(cuts, place, "right") - 1] * np.uint8(IS_ZERO)
+        return Spans(spans.offset, spans.length, flags, spans.depth, spans.file_offset)
+
+    def _runs_in(self, place: NDArray[np.int64], end: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Where in the file something, or nothing, begins, as far as it concerns ranges ``[place, end)``; and which
+        of the two. The first is at the lowest place."""
+        import numpy as np
+
+        order = np.argsort(place)
+        starts, ends = place[order].tolist(), np.maximum.accumulate(end[order]).tolist()
+        cuts: list[int] = []
+        holes: list[bool] = []
+        at, index = starts[0], 0
+        while index < len(starts):
+            at = max(at, starts[index])
+            stop, hole = self._run_at(at)
+            cuts.append(at)
+            holes.append(hole)
+            index = bisect_right(ends, stop, index)
+            at = stop
+        return np.array(cuts), np.array(holes)
+
+    def _run_at(self, offset: int) -> tuple[int, bool]:
         """``(end, whether it is a hole)`` of the run that ``offset`` is in. Behind the file's end all is hole."""
         from diskwright.extents import ZERO
 
@@ -204,24 +251,27 @@ class _Holes:
         return found
 
 
-class _Files:
-    """For each layer the file its bytes are in, and that file's holes when they are worth looking for."""
+def _split(
+    spans: Spans, rows: NDArray[np.int64], count: NDArray[np.int64], cuts: NDArray[np.int64], first: NDArray[np.int64]
+) -> tuple[Spans, NDArray[np.int64]]:
+    """``spans`` with ``count`` rows for each of them: those of ``rows`` are cut in their file at ``cuts``, each from
+    its ``first`` on. Also where that has put ``rows``."""
+    import numpy as np
 
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[Node, _Holes | None]] = {}
+    from diskwright.core.status import Spans
 
-    def of(self, node: Node) -> tuple[Node, _Holes | None]:
-        known = self._known.get(id(node))
-        if known is None:
-            file, sparse = self._look(node)
-            known = self._known[id(node)] = file, _Holes(file) if sparse else None
-        return known
-
-    @staticmethod
-    def _look(node: Node) -> tuple[Node, bool]:
-        from diskwright.core.node import FormatNode
-        from diskwright.core.status import may_have_holes
-
-        if not isinstance(node, FormatNode):
-            return node, False
-        return node.format.children[node.format.data_child], may_have_holes(node)
+    begin = np.cumsum(count) - count
+    row = np.repeat(np.arange(len(spans)), count)
+    found = spans.take(row)
+    cut = np.zeros(len(spans), np.int64)
+    cut[rows] = first
+    step = np.arange(len(row)) - begin[row]
+    later = step > 0
+    place = cuts[(cut[row] + step - 1)[later]]
+    found.offset[later] += place - found.file_offset[later]
+    found.file_offset[later] = place
+    chosen = np.zeros(len(spans), np.bool_)
+    chosen[rows] = True
+    end = int(spans.offset[-1] + spans.length[-1])
+    length = np.diff(found.offset, append=end)
+    return Spans(found.offset, length, found.flags, found.depth, found.file_offset), np.flatnonzero(chosen[row])
