@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code. Never raises, except under ``DISKWRIGHT_TRACEBACK``."""
     if arguments is None:
         faces.put_on(sys.argv[0])
+        _spare_threads()
     words = list(sys.argv[1:] if arguments is None else arguments)
     _let_any_name_through()
     try:
@@ -124,6 +125,12 @@ def _parser(name: str, command: Any) -> Parser:
     parser.set_defaults(**face.defaults.get(name, {}))
     parser.shortened = face.commands[name] if face.commands is not None else None
     return parser
+
+
+def _spare_threads() -> None:
+    """NumPy's linear algebra starts a thread for each processor as it is loaded, which takes a third of that time;
+    nothing here uses any."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def _command(name: str) -> Any:

@@ -129,19 +129,20 @@ def _rows(layers: _Layers, start: int, end: int) -> Iterator[Spans]:
     from diskwright.core.status import join, spans
     from diskwright.extents import windows
 
-    last: Spans | None = None
+    kept: Spans | None = None
     try:
         for offset, length in windows(start, end - start):
             found = layers.seen(spans(layers.node, offset, length))
-            found = (join([last, found]) if last is not None else found).merge()
-            # The last one may go on in the next window.
-            for at in range(0, len(found) - 1, _AT_ONCE):
-                yield found.take(slice(at, min(at + _AT_ONCE, len(found) - 1)))
-            last = found.take(slice(len(found) - 1, None))
+            kept = (join([kept, found]) if kept is not None else found).merge()
+            while len(kept) > _AT_ONCE:
+                yield kept.take(slice(_AT_ONCE))
+                kept = kept.take(slice(_AT_ONCE, None))  # the last of it may go on in the next window
     except (DiskwrightError, OSError) as error:
+        if kept is not None:
+            yield kept.take(slice(len(kept) - 1))
         raise Failure(f"Could not read file metadata: {message_of(error)}") from error
-    if last is not None:
-        yield last
+    if kept is not None:
+        yield kept
 
 
 class _Layers:
