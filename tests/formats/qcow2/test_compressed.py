@@ -61,6 +61,18 @@ def deflated(data: bytes, window: int = -12) -> bytes:
 
 
 def decode(method: str, raw: bytes, offset: int = 0, length: int = K) -> bytes:
+    """Decodes by Python's libraries, and once more in the way for memory of ours, which must give the same."""
+    try:
+        plain = decode_once(method, raw, offset, length)
+    except CorruptImage:
+        with pytest.raises(CorruptImage):
+            decode_once(method, bytearray(raw), offset, length)
+        raise
+    assert decode_once(method, bytearray(raw), offset, length) == plain
+    return plain
+
+
+def decode_once(method: str, raw: bytes | bytearray, offset: int, length: int) -> bytes:
     into = bytearray(length)
     extent = Extent(offset, length, 3, 4096, 0, len(raw))
     Decoder("image", method, K).decode(extent, memoryview(raw), memoryview(into))

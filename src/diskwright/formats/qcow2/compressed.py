@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from typing import Any, Final
 
+from diskwright.codecs.zstd import frame_decoder
 from diskwright.errors import CorruptImage, UnsupportedFeature
 from diskwright.extents import Extent
 from diskwright.units import MiB
@@ -30,11 +31,14 @@ class Decoder:
         self._kept: dict[int, tuple[bytes, bytes]] = {}  # file offset -> raw, decoded; the oldest first
         self._lock = threading.Lock()
         self._decoder: Any = None
+        self._fill = self._directly if compression == "zstd" else None
+        """Decodes a whole cluster to where it belongs; False when ``_cluster`` has to, or to say what is wrong."""
 
     def decode(self, extent: Extent, raw: memoryview, into: memoryview) -> None:
         """See ``Format.decode``."""
         if len(into) == self._cluster_size:  # nothing of it is left to be asked for
-            into[:] = self._cluster(extent, raw)
+            if not (self._fill is not None and self._fill(into, raw)):
+                into[:] = self._cluster(extent, raw)
             return
         kept = self._kept.get(extent.file_offset)
         # Comparing is much cheaper than decoding, and needs no rule for when a place has been used anew.
@@ -64,6 +68,13 @@ class Decoder:
         return CorruptImage(
             self._path, f"compressed cluster of guest offset {at:#x}", f"{extent.stored} bytes", extent.file_offset, why
         )
+
+    def _directly(self, into: memoryview, raw: memoryview) -> bool:
+        direct = frame_decoder()
+        if direct is None:
+            self._fill = None
+            return False
+        return not raw.readonly and direct.fill(into, raw)
 
     def _inflate(self, raw: memoryview) -> bytes:
         if self._decoder is None:
