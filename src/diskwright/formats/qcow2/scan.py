@@ -90,6 +90,7 @@ class Scan(References):
         """When there is one: how often the clusters behind the end of the file are referred to all the same."""
         self.unknown: list[tuple[int, int]] = []
         """Ranges ``[start, stop)`` of the window whose refcounts cannot be read."""
+        self._room: Entries | None = None  # where L2 tables are read to, one batch after the other
         self._doubtful: NDArray[np.bool_] | None = None  # the same, cluster by cluster
         self.rebuild = False
         """Whether refcount structures themselves are damaged."""
@@ -173,8 +174,7 @@ class Scan(References):
                 self._doubtful[start - self.low : stop - self.low] = True
                 self.report.check_errors += max(0, min(stop, g.clusters(self.end)) - start)
             elif offset < self.end:  # beyond it all counts read as 0
-                counts = self.block_counts(offset)
-                self.refcounts[start - self.low : stop - self.low] = counts[start - first : stop - first]
+                self._read_counts(offset, start - first, self.refcounts[start - self.low : stop - self.low])
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """``(number, table entry)`` of the refcount blocks that there are for the window."""
@@ -192,14 +192,18 @@ class Scan(References):
         there = (places != 0) & (places < _u64(self.end)) & (places & _u64(self.g.cluster_mask) == 0)
         return np.unique((np.flatnonzero(there) << self.g.block_bits) // references.WINDOW)
 
-    def block_counts(self, offset: int) -> Counts:
-        """The refcounts in the block at ``offset``, those above ``TOP`` as that."""
-        raw = np.frombuffer(self.file.pread(offset, self.g.cluster_size), np.uint8)
+    def _read_counts(self, offset: int, skipped: int, into: Counts) -> None:
+        """The refcounts of the block at ``offset``, after the first ``skipped``; those above ``TOP`` as that."""
         order = self.header.refcount_order
-        if order < 3:
-            return expand_bytes(raw, order).astype(np.uint16)
-        counts = raw.view(f">u{1 << (order - 3)}")
-        return np.minimum(counts, TOP).astype(np.uint16) if order > 4 else counts.astype(np.uint16)
+        if order == 4:  # nearly all images: what is read is what is kept
+            self.file.readv([(offset + skipped * 2, memoryview(into.view(np.uint8).data))])
+            if sys.byteorder == "little":
+                into.byteswap(inplace=True)
+            return
+        raw = np.frombuffer(self.file.pread(offset, self.g.cluster_size), np.uint8)
+        counts = expand_bytes(raw, order) if order < 3 else raw.view(f">u{1 << (order - 3)}")
+        counts = counts[skipped : skipped + len(into)]
+        into[:] = np.minimum(counts, TOP) if order > 4 else counts
 
     def _reftable(self) -> array[int]:
         header = self.header
@@ -255,17 +259,19 @@ class Scan(References):
             named = places != 0
             self._check_copied(entries[named], places[named], None, "L1 entries")
         places, times = np.unique(places[places < self.end], return_counts=True)
+        per_batch = max(1, _BATCH >> g.cluster_bits)
+        self._room = np.empty((min(per_batch, max(1, len(places))), g.cluster_size >> 3), np.uint64)
         if len(places) and not places[0]:
             self._walk_l2(places[:1], times[:1], active)
             places, times = places[1:], times[1:]
-        per_batch = max(1, _BATCH >> g.cluster_bits)
         for at in range(0, len(places), per_batch):
             self._walk_l2(places[at : at + per_batch], times[at : at + per_batch], active)
 
-    def read_tables(self, places: Hosts) -> Entries:
-        """L2 tables as rows of native integers. What lies beyond the end of the file reads as zeros."""
+    def read_tables(self, places: Hosts, room: Entries | None = None) -> Entries:
+        """L2 tables as rows of native integers, in ``room`` where that is given: fresh memory takes as long as reading
+        does. What lies beyond the end of the file reads as zeros."""
         size = self.g.cluster_size
-        tables = np.empty((len(places), size >> 3), np.uint64)
+        tables = np.empty((len(places), size >> 3), np.uint64) if room is None else room[: len(places)]
         raw = memoryview(tables.view(np.uint8).data).cast("B")
         self.file.readv([(place, raw[i * size : (i + 1) * size]) for i, place in enumerate(places.tolist())])
         if sys.byteorder == "little":
@@ -273,17 +279,16 @@ class Scan(References):
         return tables
 
     def _walk_l2(self, tables: Hosts, times: Hosts, active: bool) -> None:
-        flat = self.read_tables(tables).ravel()
+        flat = self.read_tables(tables, self._room).reshape(-1)
         once = int(times.max()) == 1
         weights = None if once else np.repeat(times, 1 << self.l2_bits)
         if self.extended:
             flat, subclusters = np.ascontiguousarray(flat[::2]), flat[1::2]
             self._check_subclusters(flat, subclusters, weights)
+        if once and not (self.data_file or self.unknown) and self._walk_runs(flat, active):
+            return
         union = int(np.bitwise_or.reduce(flat))
         if not union:
-            return
-        plain = not (self.data_file or self.unknown or union & (COMPRESSED | L2_RESERVED | self.g.cluster_mask))
-        if once and plain and self._walk_runs(flat, active):
             return
         if union & COMPRESSED:
             compressed = flat & _u64(COMPRESSED) != 0
@@ -351,6 +356,9 @@ class Scan(References):
             return False
         starts = np.concatenate((np.zeros(1, np.int64), breaks))
         heads = flat[starts].tolist()
+        # Within a run only the place changes, and the bounds below keep it from running into the flags.
+        if any(entry & (COMPRESSED | L2_RESERVED | g.cluster_mask) for entry in heads):
+            return False
         lengths = np.diff(starts, append=len(flat)).tolist()
         hosts = [(entry & OFFSET_MASK) >> g.cluster_bits for entry in heads]
         top = min(self.high, self.last)
