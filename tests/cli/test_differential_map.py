@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
+import struct
 from pathlib import Path
 
 import pytest
 
 from tests.cli import images
-from tests.cli.run import diskwright, needs_qemu, needs_same_texts, qemu_img, same
+from tests.cli.run import diskwright, make, needs_qemu, needs_same_texts, qemu_img, same
 
 pytestmark = [needs_qemu, needs_same_texts]
 
@@ -35,6 +37,40 @@ def test_map_says_what_qemu_says_of_data_beyond_the_end(tmp_path: Path) -> None:
     theirs = qemu_img("map", "--output=json", "image", cwd=tmp_path)
     ours = diskwright("map", "--output=json", "image", cwd=tmp_path)
     assert (ours.code, ours.out) == (theirs.code, theirs.out)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_scattered_clusters_some_of_them_holes_of_the_file(seed: int, tmp_path: Path) -> None:
+    """Clusters taken in advance, at random places; some are written to, wholly or in part; and two layers above."""
+    chance = random.Random(seed)
+    make(tmp_path, "qemu-img create -q -f qcow2 -o preallocation=metadata,cluster_size=16k base 20M")
+    shuffle(tmp_path / "base", chance)
+    written = [chance.randrange(20 << 8) << 12 for _ in range(60)]
+    make(tmp_path, f"qemu-io {' '.join(f'-c~write~{offset}~{chance.choice((4, 16))}k' for offset in written)} base")
+    for name, below, size in (("middle", "base", 30), ("image", "middle", 40)):
+        make(tmp_path, f"qemu-img create -q -f qcow2 -F qcow2 -b {below} {name} {size}M")
+        words = (
+            f"-c~{chance.choice(('write', 'write~-z'))}~{chance.randrange(size * 16) << 16}~64k" for _ in range(60)
+        )
+        make(tmp_path, f"qemu-io {' '.join(words)} {name}")
+    for name in ("base", "middle", "image"):
+        for output in ("json", "human"):
+            same("map", f"--output={output}", name, cwd=tmp_path)
+            same("map", f"--output={output}", "-s", "3333k", "-l", "11M", name, cwd=tmp_path)
+
+
+def shuffle(path: Path, chance: random.Random) -> None:
+    """Puts an image's clusters into another order. Its L1 table has one entry."""
+    with path.open("r+b") as file:
+        head = file.read(104)
+        size = 1 << struct.unpack_from(">I", head, 20)[0]
+        file.seek(struct.unpack_from(">Q", head, 40)[0])
+        place = struct.unpack(">Q", file.read(8))[0] & ~(1 << 63)
+        file.seek(place)
+        entries = [entry for entry in struct.unpack(f">{size // 8}Q", file.read(size)) if entry]
+        chance.shuffle(entries)
+        file.seek(place)
+        file.write(struct.pack(f">{len(entries)}Q", *entries))
 
 
 @pytest.mark.parametrize(
