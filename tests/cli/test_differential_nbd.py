@@ -53,7 +53,7 @@ def ours(*words: str, cwd: Path) -> Result:
 
     faces.put_on("qemu-nbd")
     try:
-        found = diskwright("nbd", *words, cwd=cwd)
+        found = diskwright(*words, cwd=cwd)
     finally:
         faces.put_on("diskwright")
     return found
@@ -537,7 +537,7 @@ def test_a_guessed_raw_image_keeps_its_format(raw: str, sock_dir: str) -> None:
         with Client(server.socket) as client:
             assert client.write(0, b"QFI\xfb\0\0\0\3" + bytes(504)) == 1
             assert client.write(512, b"fine") == 0
-        assert "guessed to be raw" in server.log()
+        assert "Image format was not specified" in server.log()
 
 
 def test_tcp_by_name_and_number(raw: str, sock_dir: str) -> None:
@@ -615,7 +615,7 @@ def test_fork_tolerates_a_warning(raw: str, sock_dir: str) -> None:
     path, pid_file = os.path.join(sock_dir, "n"), os.path.join(sock_dir, "pid")
     done = run(OURS, "--fork", "-k", path, "--pid-file", pid_file, raw, cwd=Path(sock_dir))
     os.kill(int(Path(pid_file).read_text()), signal.SIGTERM)
-    assert done.code == 0 and "guessed to be raw" in done.err
+    assert done.code == 0 and "Image format was not specified" in done.err
     assert gone(int(Path(pid_file).read_text()))
 
 

@@ -37,9 +37,10 @@ def main(words: Sequence[str]) -> int:
         print(text(), end="")
         return 0
     if settings.version:
-        from diskwright.version import __version__
+        from diskwright.cli.faces import current
+        from diskwright.cli.help import version
 
-        print(f"{program()} {__version__}")
+        print(version(current()))
         return 0
     if settings.help_on_objects:
         print(arguments.OBJECT_HELP, end="")
