@@ -154,3 +154,15 @@ class TestParallels(FormatConformance):
 
 class TestParallelsOddClusters(TestParallels):
     create_options = {"cluster-size": 3584}
+
+
+class TestQed(FormatConformance):
+    format_name = "qed"
+    has_backing = True
+
+
+class TestQedSmallest(FormatConformance):
+    format_name = "qed"
+    create_options = {"cluster-size": 4096, "table-size": 1}
+    has_backing = True
+    model_examples = 15

@@ -102,6 +102,7 @@ class BlockMap(Format):
         self.surveyed = False
         """Whether something may have been changed."""
         self._end = self._fresh = 0  # where the next block goes; from where on nothing was ever written
+        self._length = 0  # of the file, as far as blocks are concerned
         self._begun = self._completed = 0  # flushes
         self._most_changed = max(16, CACHE_BYTES // 2 // table.slice_bytes)
 
@@ -246,6 +247,7 @@ class BlockMap(Format):
             if cached is not None:
                 found[low:high] = np.frombuffer(cached, found.dtype)[begin : begin + high - low]
             elif place >= 0:
+                self._check_inside(place)
                 wanted.append((place + begin * width, raw[low * width : high * width]))
                 swapped.append((low, high))
             any_table = any_table or cached is not None or place >= 0
@@ -256,6 +258,9 @@ class BlockMap(Format):
                 for low, high in swapped:
                     found[low:high].byteswap(inplace=True)
         return found if any_table else None
+
+    def _check_inside(self, place: int) -> None:
+        """Raises CorruptImage when the table at ``place`` is not in the file."""
 
     @abstractmethod
     def locate(self, number: int) -> int:
@@ -303,7 +308,7 @@ class BlockMap(Format):
                 )  # fmt: skip
         last = int(used[-1]) + self.stride if len(used) else 0
         last = max([last, self.first_place, *(end for _, end in self.tables())])
-        self._end, self._fresh = self.next_place(last, size), size
+        self._end, self._fresh, self._length = self.next_place(last, size), size, size
 
     def tables(self) -> Iterator[tuple[int, int]]:
         """``(start, end)`` in the file of the tables that lie where blocks may lie."""
@@ -362,11 +367,20 @@ class BlockMap(Format):
                 count = 1  # they do not adjoin in the file
             placed = _Placed(self, first, first + count - 1, place)
             self._end = place + count * self.stride
+            self._lengthen()
             self.table.pin(number)
             placed.zeroed = place >= self._fresh and self.file.zero_init
             placed.describe(size, place, offset, length)
             self._turns.begin(placed)
             return placed
+
+    def _lengthen(self) -> None:
+        """Makes the file as long as the last block: zeros at its end need not be written, but other programs want all
+        of it to be in the file. Under the lock, and before anybody can write there: nothing is cut off."""
+        if self._length < self._end:
+            with suppress(OSError):  # storages of a fixed size cannot, and need not
+                self.file.resize(self._end)
+            self._length = self._end
 
     def own_slice(self, number: int) -> array[int]:
         """A slice of the table, to be changed. Under the lock."""
@@ -477,7 +491,6 @@ class BlockMap(Format):
             try:
                 if first:
                     self.file.writev(first)
-                self._complete_last_block()
                 self.file.flush()
                 for pieces in stages:
                     if pieces:
@@ -489,12 +502,6 @@ class BlockMap(Format):
                 raise
             self._settle()
             self._completed = ticket
-
-    def _complete_last_block(self) -> None:
-        """Zeros at the end of a new block need not be written; but other programs want all of it to be in the file."""
-        if self.surveyed and self.file.size < self._end:
-            with suppress(OSError):  # storages of a fixed size cannot, and need not
-                self.file.resize(self._end)
 
     def _capture(self) -> list[list[Piece]]:
         """What has changed in the tables, in the order it has to become durable."""
@@ -575,9 +582,32 @@ class DirectoryMap(BlockMap):
         place = self.table_place(self.directory.entries[index])
         if place < 0:
             return -1
-        if place < self.directory.offset and place < SECTOR:
-            raise CorruptImage(self.path, f"directory entry {index}", f"{place:#x}", None, "the header lies there")
+        if place < self.first_place or place % self.alignment:
+            raise CorruptImage(self.path, f"directory entry {index}", f"{place:#x}", None, "no table can lie there")
         return place + within * self.table.slice_bytes
+
+    def load(self, number: int) -> array[int] | None:
+        if self.table.peek(number) is None:
+            self._check_inside(self.locate(number))
+        return super().load(number)
+
+    def _check_inside(self, place: int) -> None:
+        # A new table that is not yet written lies beyond the end too, but that one is cached.
+        if place >= self.file.size:
+            raise CorruptImage(
+                self.path, "place of a table", f"{place:#x}", None, f"the file ends at {self.file.size:#x}"
+            )
+
+    def empty(self, end: int) -> None:
+        """Takes all tables off the directory, durably, and cuts the file off at ``end``. For ``make_empty``."""
+        with self.flush_lock, self.lock:
+            self.table.clear()
+            for index, entry in enumerate(self.directory.entries):
+                if entry:
+                    self.directory.set(index, 0)
+        self.write_back()
+        self.file.resize(end)
+        self._survey()
 
     def tables(self) -> Iterator[tuple[int, int]]:
         length = self._per_table * self.table.slice_bytes

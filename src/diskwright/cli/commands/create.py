@@ -35,6 +35,7 @@ _HYPHENATED: Final = (
 )  # fmt: skip
 _ALWAYS: Final[Mapping[str, Mapping[str, str]]] = {
     "parallels": {"cluster_size": "1048576"},
+    "qed": {"cluster_size": "65536"},
     "vdi": {"static": "off"},
     "qcow2": {
         "cluster_size": "65536",
