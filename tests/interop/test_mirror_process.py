@@ -188,3 +188,45 @@ def test_the_source_must_not_be_in_use(tmp_path: Path) -> None:
         )
     assert done.returncode == 1 and "lock" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("copy_mode", ["background", "write-blocking"])
+def test_a_guessed_format_is_mirrored_and_pivoted_to_behind_the_guard(
+    tmp_path: Path, sock_dir: str, copy_mode: str
+) -> None:
+    source, target, socket = image(tmp_path / "source", 8 * MIB), str(tmp_path / "target"), f"{sock_dir}/nbd"
+    arguments = ("-O", "qcow2", "--serve", socket, "--copy-mode", copy_mode, "--finish", "when-ready", "--pivot")
+    with Diskwright("mirror", *arguments, "--verify", source, target) as mirror:
+        mirror.wait_line("Serving")
+        assert _head_refused(socket)
+        mirror.wait_line("Serving from the target")
+        assert not _head_refused(socket)  # what the guest writes is not the file's beginning any more
+        mirror.signal()
+        assert mirror.end() == 0, mirror.errors
+    qemu_img.assert_clean(target)
+    assert qemu_img.qemu_io(target, "read -P 0x51 0 1").count("read 1/1")
+
+
+def test_serve_guards_a_disk_whose_format_was_guessed(tmp_path: Path, sock_dir: str) -> None:
+    socket = f"{sock_dir}/nbd"
+    for stated, refused in ((), True), (("-f", "raw"), False):
+        with Diskwright("serve", *stated, "--socket", socket, image(tmp_path / "source", MIB)) as server:
+            server.wait_line("Serving")
+            assert _head_refused(socket) is refused
+            server.signal()
+            assert server.end() == 0, server.errors
+
+
+def _head_refused(socket: str) -> bool:
+    """Whether a guest is kept from making its disk look like a qcow2 image."""
+    script = (
+        "import nbd, sys\n"
+        "h = nbd.NBD(); h.connect_unix(sys.argv[1])\n"
+        "try: h.pwrite(b'QFI\\xfb\\0\\0\\0\\3' + bytes(504), 0)\n"
+        "except nbd.Error as error: print(error.errno)\n"
+    )
+    done = subprocess.run(
+        ["/usr/bin/python3", "-c", script, socket], check=True, timeout=120, stdout=subprocess.PIPE, text=True
+    )
+    assert done.stdout in ("", "EPERM\n")
+    return bool(done.stdout)

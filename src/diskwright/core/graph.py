@@ -12,7 +12,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -189,12 +189,9 @@ class Graph:
         if mode.force_share and "force-share" in known:
             own.setdefault("force-share", True)
         storage = cls.open(opts.parse(cls.options, own, owner=cls.name), writable=mode.writable)
-        try:
+        with _closed_on_error(storage):
             storage.set_access(mode.child_access(holds_format))
             return self._add(StorageNode(self._name(options), storage, mode.writable), made)
-        except BaseException:
-            storage.close()
-            raise
 
     def _open_filter(
         self,
@@ -207,7 +204,8 @@ class Graph:
     ) -> Node:
         context = OpenContext(file, self.leases, self._reference_opener(file, {}, mode, made, above), mode.writable)
         filter = cls.open(context, opts.parse(cls.options, _own(options), owner=cls.name))
-        node = self._add(FilterNode(self._name(options), filter, mode.writable), made)
+        with _closed_on_error(filter):
+            node = self._add(FilterNode(self._name(options), filter, mode.writable), made)
         self._hold(file)
         return node
 
@@ -230,8 +228,9 @@ class Graph:
         if "pass-discard-request" in {info.name for info in opts.describe(cls.options)}:
             own.setdefault("pass-discard-request", _write_policy(options)[0])
         form = cls.open(context, bind(opts.parse(cls.options, own, owner=cls.name), self.secrets))
-        node = _format_node(self._name(options), form, mode.writable)
-        self._add(node, made)
+        with _closed_on_error(form):
+            node = _format_node(self._name(options), form, mode.writable)
+            self._add(node, made)
         for child in form.children:
             self._hold(child)
         if cls.has_backing and mode.backing:
@@ -386,13 +385,11 @@ class Graph:
             self._owners[node.name] = left
             if left > 0:
                 return
-            children = list(node.children().values())
-            try:
+            with ExitStack() as rest:  # children are released in their order, whatever fails
+                for child in reversed(node.children().values()):
+                    rest.callback(self.release, child)
+                rest.callback(self._forget, node)
                 node.close()
-            finally:
-                self._forget(node)
-                for child in children:
-                    self.release(child)
 
     def _forget(self, node: Node) -> None:
         self._nodes.pop(node.name, None)
@@ -432,13 +429,12 @@ class Graph:
             for node in reversed(made):
                 children = list(node.children().values())
                 self._forget(node)
-                try:
+                with suppress(OSError, DiskwrightError):  # the first error is the one to tell
                     node.close()
-                except (OSError, ImageError):
-                    pass  # the first error is the one to tell
                 for child in children:
                     if child not in made:
-                        self.release(child)
+                        with suppress(OSError, DiskwrightError):
+                            self.release(child)
             raise
 
     # -- uses ------------------------------------------------------------------------------------
@@ -506,16 +502,25 @@ class Graph:
             yield
 
     def close(self) -> None:
-        """Closes every disk and node that is left."""
+        """Closes every disk and node that is left, and raises the first error of them when all are closed."""
+        errors: list[Exception] = []
         for disk in list(self._disks):
-            disk.close()
+            try:
+                disk.close()
+            except Exception as error:
+                errors.append(error)
         with self._lock:
             while self._nodes:  # again for nodes below others that somebody held as well
                 inner = {child.name for node in self._nodes.values() for child in node.children().values()}
                 for node in list(self._nodes.values()):
                     if node.name not in inner and node.name in self._owners:
                         self._owners[node.name] = 1
-                        self.release(node)
+                        try:
+                            self.release(node)
+                        except Exception as error:
+                            errors.append(error)
+        if errors:
+            raise errors[0]
 
 
 class _Made(list["Node"]):
@@ -524,6 +529,17 @@ class _Made(list["Node"]):
     def __init__(self) -> None:
         super().__init__()
         self.waiting: list[Callable[[], None]] = []
+
+
+@contextmanager
+def _closed_on_error(driver: Storage | Format | Filter) -> Iterator[None]:
+    """For the time in which a driver is open and no node has it yet."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError, DiskwrightError):  # the first error is the one to tell
+            driver.close()
+        raise
 
 
 def _below(error: DiskwrightError, layers: int) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from diskwright.api import GUEST, Mirror, format_by_name, open_target
 from diskwright.cli import common
-from diskwright.cli.commands.serve import add_listen_arguments, guard, start
+from diskwright.cli.commands.serve import add_listen_arguments, guarded, start
 from diskwright.cli.common import Failure
 from diskwright.cli.faces import program
 from diskwright.cli.progress import Amount, Reporter
@@ -89,8 +89,7 @@ def run(args: argparse.Namespace) -> int:
             force_share=args.force_share,
             cache=common.cache_mode(args.cache, "cache"),
         )
-        guard(graph, node, args)
-        disk = graph.disk(node, GUEST)
+        disk = graph.disk(guarded(graph, node, args, args.source), GUEST)
         session = _Session(args, graph, disk)
         server = start(args, disk, read_only=False)
         try:

@@ -7,7 +7,7 @@ import signal
 import threading
 from typing import TYPE_CHECKING
 
-from diskwright.cli.common import Failure, add_source, cache_mode, graph_of, open_image
+from diskwright.cli.common import Failure, add_source, cache_mode, graph_of, open_image, warn_guessed_raw
 from diskwright.cli.objects import Objects, objects_of
 from diskwright.core.disk import Disk
 from diskwright.core.graph import Graph
@@ -79,8 +79,7 @@ def run(args: argparse.Namespace) -> int:
             force_share=args.force_share,
             cache=cache,
         )
-        guard(graph, node, args)
-        disk = graph.disk(node)
+        disk = graph.disk(guarded(graph, node, args, args.image))
         tls = server_tls(objects_of(args.object), args.tls_creds, args.tls_authz, optional=args.tls_optional)
         server = start(args, disk, read_only=args.read_only, tls=tls)
         try:
@@ -92,13 +91,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def guard(graph: Graph, node: Node, args: argparse.Namespace) -> None:
-    """A raw disk nobody called raw gets the probe guard (see filters/probe_guard.py)."""
-    guessed = args.format is None and not args.image_opts and not args.image.startswith("json:")
-    if guessed and node.writable and isinstance(node, FormatNode) and node.format.name == "raw":
-        from diskwright.filters.probe_guard import ProbeGuard
+def guarded(graph: Graph, node: Node, args: argparse.Namespace, image: str) -> Node:
+    """What a guest is to be given of the image that was opened as ``image``: a raw disk nobody called raw gets the
+    probe guard (see filters/probe_guard.py)."""
+    if node.writable:
+        warn_guessed_raw(image, node, args.format, args.image_opts)
+    guessed = args.format is None and not args.image_opts and not image.startswith("json:")
+    if not (guessed and node.writable and isinstance(node, FormatNode) and node.format.name == "raw"):
+        return node
+    from diskwright.filters.probe_guard import ProbeGuard
 
-        graph.insert_filter(ProbeGuard(node))
+    return graph.insert_filter(ProbeGuard(node))
 
 
 def start(args: argparse.Namespace, disk: Disk, *, read_only: bool, tls: ServerTls | None = None) -> NbdServer:
