@@ -23,7 +23,7 @@ from diskwright.core import options as opts
 from diskwright.core import probe, registry
 from diskwright.core.disk import Disk
 from diskwright.core.draining import Draining
-from diskwright.core.driver import Filter, Format, OpenContext, Storage, not_supported
+from diskwright.core.driver import Filter, Format, OpenContext, Storage
 from diskwright.core.gate import DirectoryGate, Gate, has_prefix, resolve
 from diskwright.core.leases import Leases
 from diskwright.core.node import FilterNode, FormatNode, Node, StorageNode, below_filters
@@ -610,13 +610,10 @@ def _filters_from(node: Node) -> list[Node]:
 
 
 def storage_for(filename: str) -> type[Storage]:
-    """The storage driver a file name belongs to. Raises ENOTSUP for a filter's name: nothing can be made there."""
+    """The storage driver a file name belongs to. Raises OptionError for a filter's: nothing can be made there."""
     found = driver_for(filename)
     if issubclass(found, Filter):
-        raise not_supported(
-            f"Protocol driver '{found.name}' does not support image creation, and opening the image "
-            f"'{filename}' instead"
-        )
+        raise OptionError(f"Protocol driver '{found.name}' does not support image creation")
     return found
 
 

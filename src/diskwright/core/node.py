@@ -126,6 +126,11 @@ class Node(ABC):
 
     # -- shared ----------------------------------------------------------------------------------
 
+    def announce(self, name: str) -> None:
+        """See ``event``."""
+        if self.event is not None:
+            self.event(name)
+
     @property
     def file(self) -> Node | None:
         """The child an image lies in, or a filter's; None for a storage."""
@@ -522,6 +527,7 @@ class FormatNode(Node):
     def write_beyond_end(self, segments: Segments) -> None:
         """Writes to guest offsets behind the disk's end, for which the format has made room: a machine's state. It is
         no part of the disk, so it makes nothing dirty."""
+        self.format.children[0].announce("vmstate_save")
         self._writev(segments)
 
     @property
@@ -534,8 +540,6 @@ class FormatNode(Node):
         writer = StoredWriter(self.format, segments)
         if turn is not None:
             turn()
-        if self._announce is not None:
-            self._announce("write_compressed")
         writer.write()
         if writer.plain:
             self._writev(writer.plain)
