@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import threading
 from pathlib import Path
 from typing import Any, cast
@@ -109,7 +110,7 @@ def test_a_driver_that_gets_no_node_is_closed(tmp_path: Path) -> None:
 def test_a_chain_whose_last_image_is_missing_leaves_nothing_open(tmp_path: Path) -> None:
     paths = [str(tmp_path / f"{i}.qcow2") for i in range(3)]
     qemu_img.create(paths[0], 1 << 20)
-    for below, path in zip(paths, paths[1:], strict=False):
+    for below, path in itertools.pairwise(paths):
         qemu_img.create(path, None, backing=below)
     Path(paths[0]).unlink()
     graph = Graph()

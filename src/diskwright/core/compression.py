@@ -119,4 +119,5 @@ class StoredWriter:
             end = run.file_offset + run.stored
         writes.setdefault(child, []).append((start, memoryview(b"".join(parts))))
         for index, segments in writes.items():
+            self._form.children[index].announce("write_compressed")
             self._form.children[index].writev(segments)

@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Self
 
+from diskwright.core.draining import Draining
 from diskwright.core.leases import Leases
 from diskwright.core.options import NoOptions
 from diskwright.core.permissions import Access
@@ -291,6 +292,12 @@ class OpenContext:
     encrypted image needs no key."""
     secrets: Secrets = field(default_factory=Secrets)
     """Where ids are looked up that turn up later. Those in the options to open with are bound to it already."""
+    children: Mapping[str, Node] = field(default_factory=dict)
+    """A filter's children, by role."""
+    objects: Mapping[str, object] = field(default_factory=dict)
+    """What the user has defined beside nodes, by id: throttle groups."""
+    draining: Draining = field(default_factory=Draining)
+    """Whether somebody waits for requests in flight to end: those held back on purpose should not wait then."""
 
 
 class BitmapStore(ABC):
@@ -520,6 +527,17 @@ class Format(ABC):
         """Writes back what is cached, when writable. Children are closed by the graph afterwards."""
 
 
+@dataclass(frozen=True)
+class Role:
+    """A child of a filter: the option that describes it has this name."""
+
+    name: str
+    optional: bool = False
+    image: bool = False
+    """Whether the format of a child given by its file name is always guessed. Otherwise only where no format lies
+    above the filter: what a format lies in is bytes."""
+
+
 class Filter(ABC):
     """Stands between a node's users and a child, and passes on what it does not change.
 
@@ -528,11 +546,39 @@ class Filter(ABC):
 
     name: ClassVar[str]
     options: ClassVar[type] = NoOptions
+    prefixes: ClassVar[tuple[str, ...]] = ()
+    """File names beginning with one of these and a colon belong to this driver."""
+    roles: ClassVar[tuple[Role, ...]] = (Role("file"),)
+    """Its children; the first is the one it filters."""
+
     child: Node
+    further: Mapping[str, Node] = {}
+    """Its other children, by role."""
+    event: Callable[[str], None] | None = None
+    """Told by what lies above that something is about to happen; see ``Node.event``."""
+
+    @classmethod
+    def parse_filename(cls, filename: str) -> dict[str, object]:
+        """The options, children among them, that ``filename`` stands for. Raises OptionError."""
+        return {cls.roles[0].name: {"filename": filename}}
 
     @classmethod
     def open(cls, context: OpenContext, options: Any) -> Self:
+        """``context.children`` are the children by role, and ``context.file`` the first of them."""
         raise not_supported(f"Filter '{cls.name}' cannot be opened by name")
+
+    def access(self, above: Access) -> Access:
+        """What it does with ``child`` and lets others do, when its own users do ``above``."""
+        return above
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.child.size
+
+    @property
+    def alignment(self) -> int:
+        return self.child.alignment
 
     def readv(self, segments: Segments, *, nowait: bool) -> None:
         self.child.readv(segments, nowait=nowait)
@@ -549,12 +595,22 @@ class Filter(ABC):
     def flush(self) -> None:
         self.child.flush()
 
+    def write_compressed(self, segments: Segments, turn: Callable[[], None] | None) -> None:
+        """See ``Node.write_compressed``."""
+        self.child.write_compressed(segments, turn=turn)
+
+    def resize(self, size: int, *, preallocation: str) -> None:
+        self.child.resize(size, preallocation=preallocation)
+
+    def look_up(self, offset: int, length: int) -> None:
+        """The map of a range is about to be asked of the child. May raise OSError."""
+
     def transparent(self) -> bool:
-        """Whether extents and places of the child may be used directly, past ``readv``."""
+        """Whether places of the child may be read directly, past ``readv``."""
         return True
 
     def close(self) -> None:
-        """Gives up what the filter holds. The child is closed by the graph afterwards."""
+        """Gives up what the filter holds. The children are closed by the graph afterwards."""
 
 
 Driver = type[Storage] | type[Format] | type[Filter]

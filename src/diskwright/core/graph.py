@@ -2,8 +2,11 @@
 
 A *specification* of a node is a file name, or a mapping of options as QEMU's ``blockdev-add`` takes them:
 ``driver``, ``node-name``, the driver's own options, and for children either a nested mapping, the name
-of a node that is open already, or ``file.filename``-style dotted keys. Without ``driver`` a file name
-is probed.
+of a node that is open already, or ``file.filename``-style dotted keys.
+
+A file name is short for options: its prefix, or else the kind of file it is, says which storage or filter it belongs
+to, and that driver says the rest. Without ``driver`` the format of what a name stands for is probed, except where
+bytes are wanted: a format lies in bytes.
 """
 
 from __future__ import annotations
@@ -14,16 +17,28 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from diskwright.core import options as opts
 from diskwright.core import probe, registry
 from diskwright.core.disk import Disk
+from diskwright.core.draining import Draining
 from diskwright.core.driver import Filter, Format, OpenContext, Storage
 from diskwright.core.gate import DirectoryGate, Gate, has_prefix, resolve
 from diskwright.core.leases import Leases
 from diskwright.core.node import FilterNode, FormatNode, Node, StorageNode, below_filters
-from diskwright.core.permissions import FORCED, READ, READER, RESIZE, WRITE, WRITE_UNCHANGED, WRITER, Access, combine
+from diskwright.core.permissions import (
+    ALL,
+    FORCED,
+    READ,
+    READER,
+    RESIZE,
+    WRITE,
+    WRITE_UNCHANGED,
+    WRITER,
+    Access,
+    combine,
+)
 from diskwright.core.secrets import Secrets, bind
 from diskwright.errors import DiskwrightError, GraphError, ImageError, LimitExceeded, OptionError
 from diskwright.units import MAX_CHAIN
@@ -31,6 +46,9 @@ from diskwright.units import MAX_CHAIN
 Spec = str | Mapping[str, object]
 
 _COMMON = ("driver", "node-name", "read-only", "force-share", "cache", "discard", "detect-zeroes")
+
+MAX_NESTED: Final = 64
+"""How deep options may name nodes within nodes: opening them is nested calls."""
 
 _NOT_STORAGES = ("driver", "node-name", "read-only", "discard", "detect-zeroes")
 
@@ -52,14 +70,18 @@ class Mode:
     encrypted images open without their key."""
     writable_backing: int = 0
     """How far down the backing chain lies an image that is to be written to as well; 0: none."""
+    bytes: bool = False
+    """Whether a format lies in this node: then nobody guesses what format it has itself."""
+    depth: int = 0
+    """How many children within children this is."""
 
-    def child_access(self, holds_format: bool) -> Access:
+    def child_access(self) -> Access:
         """What a storage's locks should say: a format's file may grow, so its size is its own too."""
         if self.force_share:
             return FORCED
         if not self.writable:
             return READER
-        if holds_format:
+        if self.bytes:
             return Access(READ | WRITE | RESIZE, READ | WRITE_UNCHANGED)
         return WRITER
 
@@ -67,10 +89,15 @@ class Mode:
 class Graph:
     """All nodes of one process that may meet. Thread-safe; changes happen one at a time."""
 
-    def __init__(self, gate: Gate | None = None, secrets: Secrets | None = None) -> None:
+    def __init__(
+        self, gate: Gate | None = None, secrets: Secrets | None = None, objects: Mapping[str, object] | None = None
+    ) -> None:
+        """``objects`` are what options may refer to by id beside secrets: throttle groups."""
         self.gate = gate if gate is not None else DirectoryGate()
         self.secrets = secrets if secrets is not None else Secrets()
+        self.objects: Mapping[str, object] = objects if objects is not None else {}
         self.leases = Leases()
+        self.draining = Draining()
         self._lock = threading.RLock()
         self._nodes: dict[str, Node] = {}
         self._owners: dict[str, int] = {}  # node name -> how many parents, disks and openers hold it
@@ -117,23 +144,20 @@ class Graph:
         return node
 
     def _open_any(self, spec: Spec, driver: str | None, mode: Mode, made: _Made, above: tuple[str, ...]) -> Node:
-        if isinstance(spec, str) and spec.startswith("json:"):
-            spec = parse_json(spec[5:])
-        if isinstance(spec, Mapping):
-            options = nest(spec)
-            named = options.get("driver", driver)
-            if named is None and "filename" not in options and "file" not in options:
-                raise OptionError("A node needs 'driver' or 'filename'")
-            if named is not None and not isinstance(named, str):
-                raise OptionError(f"'driver' must be a string, not {named!r}")
-            return self._open_options(named, options, mode, made, above)
-        if driver is not None:
-            return self._open_options(driver, {"filename": spec}, mode, made, above)
-        return self._open_options(None, {"filename": spec}, mode, made, above)
+        options = _as_options(spec)
+        named = options.get("driver", driver)
+        if named is None and "filename" not in options and "file" not in options:
+            raise OptionError("A node needs 'driver' or 'filename'")
+        if named is not None and not isinstance(named, str):
+            raise OptionError(f"'driver' must be a string, not {named!r}")
+        return self._open_options(named, options, mode, made, above)
 
     def _open_options(
         self, driver: str | None, options: dict[str, object], mode: Mode, made: _Made, above: tuple[str, ...]
     ) -> Node:
+        if driver is None and mode.bytes:
+            options = {**_named(_taken_name(options)), **options}
+            driver = cast(str, options["driver"])
         unmaps, detect_zeroes = _write_policy(options)
         node = self._open_by_driver(driver, options, mode, made, above)
         node.unmaps, node.detect_zeroes = unmaps, detect_zeroes
@@ -148,40 +172,40 @@ class Graph:
             return self._open_format(probe.probe(file), file, options, mode, made, above)
         found = registry.find(driver)
         if issubclass(found, Storage):
-            return self._open_storage(found, options, mode, made, holds_format=False)
-        file = self._open_file(options, mode, made, above)
+            return self._open_storage(found, options, mode, made)
         if issubclass(found, Filter):
-            return self._open_filter(found, file, options, mode, made, above)
+            return self._open_filter(found, options, mode, made, above)
+        file = self._open_file(options, mode, made, above)
         return self._open_format(found, file, options, mode, made, above)
 
     def _open_file(self, options: dict[str, object], mode: Mode, made: _Made, above: tuple[str, ...]) -> Node:
-        """The child ``file``: given as such, or by the plain ``filename``."""
-        given = options.pop("file", None)
-        filename = options.pop("filename", None)
-        if given is not None and filename is not None:
-            raise OptionError("Give either 'file' or 'filename', not both")
+        """A format's child ``file``: given as such, or by the plain ``filename``."""
+        if "filename" in options:
+            if options.get("file") is not None:
+                raise OptionError("Give either 'file' or 'filename', not both")
+            options["file"] = {"filename": options.pop("filename")}
+        child = self._open_child("file", options, replace(mode, bytes=True), made, above)
+        if child is None:
+            raise OptionError("A format needs the option 'file'")
+        return child
+
+    def _open_child(
+        self, role: str, options: dict[str, object], mode: Mode, made: _Made, above: tuple[str, ...]
+    ) -> Node | None:
+        """Takes the child ``role`` out of ``options`` and opens it; None when it is not given."""
+        given = options.pop(role, None)
+        if given is None:
+            return None
         if isinstance(given, str):
             return self.node(given)
-        if isinstance(given, Mapping):
-            nested = dict(given)
-            if "driver" not in nested and isinstance(nested.get("filename"), str) and len(nested) == 1:
-                return self._storage_by_name(cast(str, nested["filename"]), mode, made)
-            if "driver" not in nested:
-                nested["driver"] = "file"
-            return self._whole(made, lambda: self._open_options(str(nested["driver"]), nest(nested), mode, made, above))
-        if isinstance(filename, str):
-            if filename.startswith("json:"):
-                return self._whole(made, lambda: self._open_any(filename, None, mode, made, above))
-            return self._storage_by_name(filename, mode, made)
-        raise OptionError("A format needs the option 'file'")
+        if not isinstance(given, Mapping):
+            raise OptionError(f"'{role}' must be the name of a node or the options of one, not {given!r}")
+        if mode.depth >= MAX_NESTED:
+            raise LimitExceeded(f"Nodes are nested more than {MAX_NESTED} deep, the most accepted")
+        deeper = replace(mode, depth=mode.depth + 1)
+        return self._whole(made, lambda: self._open_any(given, None, deeper, made, above))
 
-    def _storage_by_name(self, filename: str, mode: Mode, made: _Made) -> Node:
-        cls = storage_for(filename)
-        return self._open_storage(cls, dict(cls.parse_filename(filename)), mode, made, holds_format=True)
-
-    def _open_storage(
-        self, cls: type[Storage], options: dict[str, object], mode: Mode, made: _Made, *, holds_format: bool
-    ) -> Node:
+    def _open_storage(self, cls: type[Storage], options: dict[str, object], mode: Mode, made: _Made) -> Node:
         own = {key: value for key, value in options.items() if key not in _NOT_STORAGES}
         known = {info.name for info in opts.describe(cls.options)}
         if mode.cache is not None and "cache" in known:
@@ -190,24 +214,55 @@ class Graph:
             own.setdefault("force-share", True)
         storage = cls.open(opts.parse(cls.options, own, owner=cls.name), writable=mode.writable)
         with _closed_on_error(storage):
-            storage.set_access(mode.child_access(holds_format))
+            storage.set_access(mode.child_access())
             return self._add(StorageNode(self._name(options), storage, mode.writable), made)
 
     def _open_filter(
-        self,
-        cls: type[Filter],
-        file: Node,
-        options: dict[str, object],
-        mode: Mode,
-        made: _Made,
-        above: tuple[str, ...],
+        self, cls: type[Filter], options: dict[str, object], mode: Mode, made: _Made, above: tuple[str, ...]
     ) -> Node:
-        context = OpenContext(file, self.leases, self._reference_opener(file, {}, mode, made, above), mode.writable)
-        filter = cls.open(context, opts.parse(cls.options, _own(options), owner=cls.name))
+        if "filename" in options:
+            options = {**cls.parse_filename(_taken_name(options)), **options}
+        children: dict[str, Node] = {}
+        for role in cls.roles:
+            child = self._open_child(
+                role.name, options, replace(mode, bytes=mode.bytes and not role.image), made, above
+            )
+            if child is not None:
+                children[role.name] = child
+            elif not role.optional:
+                raise OptionError(f'A block device must be specified for "{role.name}"')
+        first = children[cls.roles[0].name]
+        context = OpenContext(
+            first,
+            self.leases,
+            self._reference_opener(first, {}, mode, made, above),
+            mode.writable,
+            secrets=self.secrets,
+            children=children,
+            objects=self.objects,
+            draining=self.draining,
+        )
+        own: Any = opts.parse(cls.options, _own(opts.flatten(cls.options, options)), owner=cls.name)
+        filter = cls.open(context, bind(own, self.secrets))
+        filter.further = {role: child for role, child in children.items() if child is not first}
         with _closed_on_error(filter):
-            node = self._add(FilterNode(self._name(options), filter, mode.writable), made)
-        self._hold(file)
+            node = FilterNode(self._name(options), filter, mode.writable)
+            self._add(node, made)
+        for child in children.values():
+            self._hold(child)
+        self._claim(node, filter, mode)
         return node
+
+    def _claim(self, node: FilterNode, filter: Filter, mode: Mode) -> None:
+        """Makes known what a filter does with its child beyond what its users do."""
+        above = mode.child_access()
+        wanted = filter.access(above)
+        if wanted == above:
+            return
+        if isinstance(filter.child, StorageNode):
+            filter.child.storage.set_access(wanted)
+        more = Access(wanted.needs & ~above.needs, ALL & ~(above.shares & ~wanted.shares))
+        self.use(node, filter.child, more)
 
     def _open_format(
         self,
@@ -245,7 +300,7 @@ class Graph:
         if len(chain) > MAX_CHAIN:
             raise LimitExceeded(f"{node.filename}: its backing chain is longer than {MAX_CHAIN} images")
         depth = max(0, mode.writable_backing - 1)
-        below = replace(mode, writable=mode.writable_backing == 1, writable_backing=depth)
+        below = replace(mode, writable=mode.writable_backing == 1, writable_backing=depth, bytes=False, depth=0)
         if "backing" in given:
             choice = given["backing"]
             if choice is None or choice == "":
@@ -280,17 +335,17 @@ class Graph:
     def _reference_opener(
         self, file: Node, given: dict[str, object], mode: Mode, made: _Made, above: tuple[str, ...]
     ) -> Any:
+        below = replace(mode, bytes=True)
+
         def open_reference(role: str, filename: str, driver: str | None) -> Node:
             choice = given.pop(role, None)
             if isinstance(choice, str):
                 return self.node(choice)
             if isinstance(choice, Mapping):
-                return self._whole(made, lambda: self._open_any(choice, driver, mode, made, above))
+                return self._whole(made, lambda: self._open_any(choice, driver, below, made, above))
             name = resolve(filename, file.filename)
             self.gate.admit(name, named_by=file.filename, role=role)
-            if driver is None:
-                return self._storage_by_name(name, mode, made)
-            return self._whole(made, lambda: self._open_options(driver, {"filename": name}, mode, made, above))
+            return self._whole(made, lambda: self._open_options(driver, {"filename": name}, below, made, above))
 
         return open_reference
 
@@ -324,7 +379,8 @@ class Graph:
             node = FilterNode(name or self._name({}), filter, child.writable)
             self._nodes[node.name] = node
             self._owners[node.name] = 0
-            self._hold(child)
+            for below in node.children().values():
+                self._hold(below)
             self._redirect(child, node, skip=node)
             return node
 
@@ -371,6 +427,11 @@ class Graph:
                 self._hold(new)
                 parent.filter.child = new
                 self.release(old)
+            elif isinstance(parent, FilterNode) and old in parent.filter.further.values():
+                further = parent.filter.further.items()
+                parent.filter.further = {role: new if child is old else child for role, child in further}
+                self._hold(new)
+                self.release(old)
             elif parent.backing is old:
                 self._hold(new)
                 parent.backing = new
@@ -394,7 +455,7 @@ class Graph:
     def _forget(self, node: Node) -> None:
         self._nodes.pop(node.name, None)
         self._owners.pop(node.name, None)
-        self._uses = [use for use in self._uses if use[1] is not node]
+        self._uses = [use for use in self._uses if use[1] is not node and use[0] is not node]
 
     def hold(self, node: Node) -> None:
         """One more hold of ``node``: it stays open until as many ``release`` calls."""
@@ -443,7 +504,9 @@ class Graph:
         """Notes that ``user`` uses ``node`` so. Raises GraphError when another use conflicts."""
         with self._lock:
             root = below_filters(node)
-            combine([a for _, n, a in self._uses if below_filters(n) is root] + [access])
+            between = _filters_from(node)  # what these do they do for this user
+            others = [a for u, n, a in self._uses if below_filters(n) is root and u not in between]
+            combine([*others, access])
             self._uses.append((user, node, access))
 
     def hold_exclusively(self, node: Node) -> None:
@@ -492,6 +555,8 @@ class Graph:
         """Inside, no disk of the graph has a request in flight. Holds new ones first, all of them, so that
         waiting for one disk's requests does not leave room for another's."""
         with ExitStack() as stack:
+            self.draining.begin()
+            stack.callback(self.draining.end)
             with self._lock:
                 disks = list(self._disks)
             for disk in disks:
@@ -551,11 +616,28 @@ def _below(error: DiskwrightError, layers: int) -> None:
 _BACKING_FAILED = "Could not open backing file: "
 
 
+def _filters_from(node: Node) -> list[Node]:
+    """``node`` and those below it down to the first that is not a filter, which is left out."""
+    found = []
+    while isinstance(node, FilterNode):
+        found.append(cast(Node, node))
+        node = node.child
+    return found
+
+
 def storage_for(filename: str) -> type[Storage]:
-    """The storage driver a file name belongs to: by its prefix, else by what kind of file it is."""
+    """The storage driver a file name belongs to. Raises OptionError for a filter's: nothing can be made there."""
+    found = driver_for(filename)
+    if issubclass(found, Filter):
+        raise OptionError(f"Protocol driver '{found.name}' does not support image creation")
+    return found
+
+
+def driver_for(filename: str) -> type[Storage] | type[Filter]:
+    """The driver a file name belongs to: by its prefix, else by what kind of file it is."""
     if has_prefix(filename):
         prefix = filename.partition(":")[0]
-        found = registry.storage_for_prefix(prefix)
+        found = registry.for_prefix(prefix)
         if found is None and not os.path.exists(filename):
             raise OptionError(f"Unknown protocol '{prefix}'")
         if found is not None:
@@ -565,6 +647,31 @@ def storage_for(filename: str) -> type[Storage]:
     except OSError:
         is_block = False  # opening it will tell what is wrong
     return cast(type[Storage], registry.find("host_device" if is_block else "file"))
+
+
+def _as_options(spec: Spec) -> dict[str, object]:
+    """What a specification stands for, as nested options."""
+    if isinstance(spec, str):
+        return nest(parse_json(spec[5:])) if spec.startswith("json:") else {"filename": spec}
+    return nest(spec)
+
+
+def _named(filename: str) -> dict[str, object]:
+    """The options that ``filename`` is short for, ``driver`` among them."""
+    if filename.startswith("json:"):
+        options = nest(parse_json(filename[5:]))
+        if not isinstance(options.get("driver"), str):
+            return {**_named(_taken_name(options)), **options}
+        return options
+    found = driver_for(filename)
+    return {"driver": found.name, **found.parse_filename(filename)}
+
+
+def _taken_name(options: dict[str, object]) -> str:
+    filename = options.pop("filename", None)
+    if not isinstance(filename, str):
+        raise OptionError("A node needs 'driver' or 'filename'")
+    return filename
 
 
 def identity(filename: str) -> str:

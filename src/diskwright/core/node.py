@@ -50,6 +50,9 @@ class Node(ABC):
     filename: str
     writable: bool
     backing: Node | None = None
+    event: Callable[[str], None] | None = None
+    """Where it is not None, who works on this node calls it with the name of what is about to be done (out of QAPI's
+    ``BlkdebugEvent``), so that a fault can be injected right there. It may keep the caller waiting."""
 
     def __init__(self, name: str, driver_name: str, filename: str, writable: bool) -> None:
         self.name, self.driver_name, self.filename, self.writable = name, driver_name, filename, writable
@@ -123,9 +126,14 @@ class Node(ABC):
 
     # -- shared ----------------------------------------------------------------------------------
 
+    def announce(self, name: str) -> None:
+        """See ``event``."""
+        if self.event is not None:
+            self.event(name)
+
     @property
     def file(self) -> Node | None:
-        """The child an image lies in; None for a storage."""
+        """The child an image lies in, or a filter's; None for a storage."""
         return self.children().get("file")
 
     @property
@@ -307,6 +315,9 @@ class FormatNode(Node):
     def __init__(self, name: str, format: Format, writable: bool) -> None:
         super().__init__(name, format.name, format.children[0].filename, writable)
         self.format = format
+        self._announce = format.children[0].event  # the file of a format is not exchanged while it is open
+        if format.linear is not None:
+            self.event = self._announce
         if writable and format.bitmap_store is not None:
             # Who writes has to record it. Who only reads loads them when they are asked for (core.bitmaps).
             self.bitmaps = tuple(format.bitmap_store.load())
@@ -343,6 +354,10 @@ class FormatNode(Node):
         return self.format.extents(offset, length)
 
     def flush(self) -> None:
+        if self._announce is not None:
+            self._announce("flush_to_os")
+            if self.format.linear is not None:
+                self._announce("flush_to_disk")
         self.format.flush()
 
     def resize(self, size: int, *, preallocation: str = "off") -> None:
@@ -379,6 +394,8 @@ class FormatNode(Node):
 
     def readv(self, segments: Segments, *, nowait: bool = False) -> None:
         form = self.format
+        if self._announce is not None:
+            return self._readv_announced(segments, nowait)
         if form.linear is not None:
             if form.linear:
                 segments = [(offset + form.linear, buffer) for offset, buffer in segments]
@@ -401,6 +418,32 @@ class FormatNode(Node):
         if special:
             read_stored(form, special, nowait)
         return None
+
+    def _readv_announced(self, segments: Segments, nowait: bool) -> None:
+        """``readv`` one run at a time, each announced."""
+        announce, form = self._announce, self.format
+        assert announce is not None
+        if nowait:
+            raise BlockingIOError(errno.EAGAIN, "Events may keep a request waiting")
+        for offset, buffer in segments:
+            if form.linear is not None:
+                announce("read_aio")
+                form.children[0].readv([(offset + form.linear, buffer)])
+                continue
+            direct: list[Segment] = []
+            others: dict[int, list[Segment]] = {}
+            special: list[tuple[Extent, memoryview]] = []
+            self._follow(form.extent_at(offset, len(buffer)), buffer, direct, others, special)
+            for segment in direct:
+                announce("read_aio")
+                form.children[0].readv([segment])
+            for child, wanted in others.items():
+                for segment in wanted:
+                    announce("read_aio" if child >= 0 else "read_backing_aio")
+                    self._child(child).readv([segment])
+            for item in special:
+                announce("read_compressed")
+                read_stored(form, [item], False)
 
     def _follow(
         self,
@@ -446,9 +489,11 @@ class FormatNode(Node):
     # -- writing ---------------------------------------------------------------------------------
 
     def _writev(self, segments: Segments) -> None:
-        form = self.format
+        form, announce = self.format, self._announce
         target = form.children[form.data_child]
         if form.linear is not None:
+            if announce is not None:
+                return self._write_announced(segments, form.linear, announce)
             if form.linear:
                 segments = [(offset + form.linear, buffer) for offset, buffer in segments]
             return target.writev(segments)
@@ -457,7 +502,11 @@ class FormatNode(Node):
         for offset, buffer in segments:
             place = in_place(offset, len(buffer))
             if place >= 0:
-                direct.append((place, buffer))
+                if announce is not None:
+                    announce("write_aio")
+                    target.writev([(place, buffer)])
+                else:
+                    direct.append((place, buffer))
                 continue
             if direct:  # Before this one: two writes of a batch to one place must land in their order.
                 target.writev(direct)
@@ -467,9 +516,18 @@ class FormatNode(Node):
             target.writev(direct)
         return None
 
+    def _write_announced(self, segments: Segments, shift: int, announce: Callable[[str], None]) -> None:
+        """Writes of a straight-line format, one at a time. What such a format is told, its file is told too."""
+        for offset, buffer in segments:
+            for name in ("pwritev", "write_aio"):
+                announce(name)
+            self.format.children[0].writev([(offset + shift, buffer)])
+            announce("pwritev_done")
+
     def write_beyond_end(self, segments: Segments) -> None:
         """Writes to guest offsets behind the disk's end, for which the format has made room: a machine's state. It is
         no part of the disk, so it makes nothing dirty."""
+        self.format.children[0].announce("vmstate_save")
         self._writev(segments)
 
     @property
@@ -505,6 +563,10 @@ class FormatNode(Node):
             writes.setdefault(run.child, []).append((run.file_offset, buffer[done : done + run.length]))
             done += run.length
         self._collect_fills(reservation, writes)
+        if self._announce is not None:
+            self._announce("write_aio")
+            if reservation.fills:
+                self._announce("cow_write")
         for child, segments in writes.items():
             segments.sort(key=_by_offset)  # head, data and tail adjoin: the storage makes one write of them
             self.format.children[child].writev(segments)
@@ -514,9 +576,13 @@ class FormatNode(Node):
         for fill in reservation.fills:
             readable = min(fill.length, max(0, self.size - fill.offset))
             if self._reads_zero(fill.offset, readable):
+                if self._announce is not None:
+                    self._announce("cluster_alloc_space")
                 if not reservation.zeroed:
                     writes.setdefault(fill.child, []).extend(_zero_segments(fill.file_offset, fill.length))
                 continue
+            if self._announce is not None:
+                self._announce("cow_read")
             old = memoryview(bytearray(fill.length))
             self.readv([(fill.offset, old[:readable])])
             writes.setdefault(fill.child, []).append((fill.file_offset, old))
@@ -609,18 +675,23 @@ class FilterNode(Node):
     def __init__(self, name: str, filter: Filter, writable: bool) -> None:
         super().__init__(name, filter.name, filter.child.filename, writable)
         self.filter = filter
+        self.event = filter.event
 
     @property
     def child(self) -> Node:
         return self.filter.child
 
     @property
+    def file(self) -> Node:
+        return self.filter.child
+
+    @property
     def size(self) -> int:
-        return self.filter.child.size
+        return self.filter.size
 
     @property
     def alignment(self) -> int:
-        return self.filter.child.alignment
+        return self.filter.alignment
 
     @property
     def zero_init(self) -> bool:
@@ -631,15 +702,17 @@ class FilterNode(Node):
         return self.filter.child.cluster_size
 
     def children(self) -> dict[str, Node]:
-        return {"file": self.filter.child}
+        return {self.filter.roles[0].name: self.filter.child, **self.filter.further}
 
     def readv(self, segments: Segments, *, nowait: bool = False) -> None:
         self.filter.readv(segments, nowait=nowait)
 
     def extent_at(self, offset: int, length: int) -> Extent:
+        self.filter.look_up(offset, length)
         return self.filter.child.extent_at(offset, length)
 
     def extents(self, offset: int, length: int) -> Extents:
+        self.filter.look_up(offset, length)
         return self.filter.child.extents(offset, length)
 
     def place(self, offset: int, length: int) -> FilePlace | None:
@@ -649,10 +722,19 @@ class FilterNode(Node):
         self.filter.flush()
 
     def resize(self, size: int, *, preallocation: str = "off") -> None:
-        self.filter.child.resize(size, preallocation=preallocation)
+        self.filter.resize(size, preallocation=preallocation)
+        for bitmap in self.bitmaps:
+            bitmap.resize(size)
 
     def close(self) -> None:
         self.filter.close()
+
+    @property
+    def compresses(self) -> bool:
+        return self.filter.child.compresses
+
+    def _write_compressed(self, segments: Segments, turn: Callable[[], None] | None) -> None:
+        self.filter.write_compressed(segments, turn)
 
     def _writev(self, segments: Segments) -> None:
         self.filter.writev(segments)

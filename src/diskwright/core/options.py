@@ -24,6 +24,9 @@ T = TypeVar("T")
 MAX_OPTIONS_TEXT: Final = 1 << 20
 """Longest ``key=value`` or JSON option text accepted, in characters: far above any real use."""
 
+MAX_LIST: Final = 4096
+"""Most items of an option that is a list."""
+
 
 class OptionType:
     """How one kind of value is read from text or JSON. ``label`` is what help shows for it."""
@@ -88,6 +91,56 @@ class OneOf(OptionType):
         if isinstance(value, str) and value in self.words:
             return value
         raise OptionError(f"Parameter '{name}' does not accept value '{value}'; use one of {', '.join(self.words)}")
+
+
+class ListOf(OptionType):
+    """Values of one type: a list, or, as command lines spell it, ``name.0=...,name.1=...``."""
+
+    label = "list"
+
+    def __init__(self, item: OptionType) -> None:
+        self.item = item
+
+    def parse(self, name: str, value: object) -> tuple[Any, ...]:
+        if isinstance(value, Mapping):
+            value = self._in_order(name, value)
+        if not isinstance(value, list | tuple):
+            raise OptionError(f"Option '{name}' needs a list, not {value!r}")
+        if len(value) > MAX_LIST:
+            raise OptionError(f"Option '{name}' has {len(value)} items, more than the {MAX_LIST} accepted")
+        return tuple(self.item.parse(f"{name}.{i}", each) for i, each in enumerate(value))
+
+    @staticmethod
+    def _in_order(name: str, value: Mapping[str, object]) -> list[object]:
+        """``{"0.a": x, "0.b": y, "1": z}`` as a list."""
+        found: dict[str, object] = {}
+        for key, each in value.items():
+            number, dot, rest = key.partition(".")
+            if not dot:
+                found[key] = each
+                continue
+            inner = found.setdefault(number, {})
+            if not isinstance(inner, dict):
+                raise OptionError(f"'{name}.{number}' cannot be both a value and the beginning of '{name}.{key}'")
+            inner[rest] = each
+        for key in found:
+            if not key.isdecimal() or int(key) >= len(found):
+                raise OptionError(f"Unused option '{key}' for [{name}]")
+        return [found[str(i)] for i in range(len(found)) if str(i) in found]
+
+
+class Struct(OptionType):
+    """Options within an option."""
+
+    label = "options"
+
+    def __init__(self, options: type) -> None:
+        self.options = options
+
+    def parse(self, name: str, value: object) -> Any:
+        if not isinstance(value, Mapping):
+            raise OptionError(f"Option '{name}' needs options of its own, not {value!r}")
+        return parse(self.options, value, owner=name)
 
 
 STR: Final = OptionType()

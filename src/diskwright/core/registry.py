@@ -76,17 +76,19 @@ def filters() -> list[type[Filter]]:
     return [driver for driver in _every() if issubclass(driver, Filter)]
 
 
-def storage_for_prefix(prefix: str) -> type[Storage] | None:
-    """The storage whose file names begin with ``prefix`` and a colon; None when there is none."""
+def for_prefix(prefix: str) -> type[Storage] | type[Filter] | None:
+    """The storage or filter whose file names begin with ``prefix`` and a colon; None when there is none."""
     with _lock:
         # A module of the prefix's name answers for most; the others need a look at all.
-        if prefix.replace("-", "_") in _modules("diskwright.storage"):
-            _load("diskwright.storage", prefix.replace("-", "_"))
+        module = prefix.replace("-", "_")
+        for package in ("diskwright.storage", "diskwright.filters"):
+            if module in _modules(package):
+                _load(package, module)
         for driver in list(_known.values()):
-            if issubclass(driver, Storage) and prefix in driver.prefixes:
+            if not issubclass(driver, Format) and prefix in driver.prefixes:
                 return driver
         for driver in _every():
-            if issubclass(driver, Storage) and prefix in driver.prefixes:
+            if not issubclass(driver, Format) and prefix in driver.prefixes:
                 return driver
         return None
 

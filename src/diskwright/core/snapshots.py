@@ -171,6 +171,7 @@ def read_vm_state(node: Node, offset: int, into: memoryview) -> None:
         if run is None or run.kind in (UNALLOCATED, ZERO):
             fill_zeros(part)  # a backing image as long as that has something else there
         else:
+            image.format.children[0].announce("vmstate_load")
             image.readv([(at, part)])
         done += length
 

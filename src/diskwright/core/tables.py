@@ -60,9 +60,11 @@ class SliceCache:
         byteorder: Literal["big", "little"],
         budget: int,
         total: int | None = None,
+        event: str = "none",
     ) -> None:
         """``total``: how many items there are in all slices together, when the last slice is shorter than ``items``;
-        nothing behind its end is read or written then."""
+        nothing behind its end is read or written then. ``event`` is announced to the file before a slice is read."""
+        self._event = event
         self._file, self._locate, self.typecode = file, locate, typecode
         self.swapped = byteorder != sys.byteorder and typecode != "B"
         """Whether items lie in the file in the other byte order."""
@@ -128,6 +130,7 @@ class SliceCache:
 
     def _read(self, number: int, offset: int) -> array[int]:
         items = self._blank(number)
+        self._file.announce(self._event)
         self._file.readv([(offset, memoryview(items).cast("B"))])
         if self.swapped:
             items.byteswap()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from diskwright.core.ranges import Ranges
 
 
-class InFlight:
+class InFlight(Ranges):
     """Ranges somebody is at work on. Thread-safe.
 
     There are few: one a worker's batch, and one for each write that waits for both sides of a mirror, so a list
@@ -15,18 +13,10 @@ class InFlight:
     """
 
     def __init__(self) -> None:
-        self.changed = threading.Condition(threading.Lock())
+        super().__init__()
         self.bytes = 0
         """What copies in flight will have dealt with when they end; the lock is held for reading it."""
-        self._ranges: list[tuple[int, int]] = []
         self._copies: list[tuple[int, int]] = []  # those of _ranges that are copies
-
-    def busy_end(self, start: int, end: int) -> int:
-        """The end of a range in flight that overlaps ``[start, end)``; 0 when there is none. The lock is held."""
-        for low, high in self._ranges:
-            if low < end and start < high:
-                return high
-        return 0
 
     def free_until(self, start: int, end: int) -> int:
         """How far from ``start``, which is free, up to ``end`` nothing is in flight. The lock is held."""
@@ -48,18 +38,3 @@ class InFlight:
     def copies(self) -> list[tuple[int, int]]:
         """The copies in flight as ``(start, end)``. The lock is held."""
         return list(self._copies)
-
-    @contextmanager
-    def alone(self, start: int, end: int) -> Iterator[None]:
-        """Keeps ``[start, end)`` for the caller, once nobody else has any of it."""
-        mine = (start, end)
-        with self.changed:
-            while self.busy_end(start, end):
-                self.changed.wait()
-            self._ranges.append(mine)
-        try:
-            yield
-        finally:
-            with self.changed:
-                self._ranges.remove(mine)
-                self.changed.notify_all()

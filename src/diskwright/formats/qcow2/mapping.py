@@ -41,7 +41,13 @@ class Mapping:
         self.l1_offset = header.l1_table_offset
         self.l1 = read_table(file, "l1_table_offset", header.l1_table_offset, header.l1_size)
         self.l2 = SliceCache(
-            file, self.locate, typecode="Q", items=g.slice_bytes // 8, byteorder="big", budget=cache_bytes
+            file,
+            self.locate,
+            typecode="Q",
+            items=g.slice_bytes // 8,
+            byteorder="big",
+            budget=cache_bytes,
+            event="l2_load",
         )
         self._young = self.l2.young.get
         self._cluster_bits, self._cluster_mask, self._cluster_size = g.cluster_bits, g.cluster_mask, g.cluster_size
@@ -287,6 +293,7 @@ class Mapping:
                     self.path, "offset of an L2 table", f"{place:#x}", None,
                     f"beyond the end of the file (guest offset {first << self._cluster_bits:#x} or later)",
                 )  # fmt: skip
+        self.file.announce("l2_load")
         self.file.readv(wanted)
 
     # -- errors ----------------------------------------------------------------------------------

@@ -35,6 +35,12 @@ from diskwright.units import MiB
 
 T = TypeVar("T")
 
+_TABLE: Final = ("refblock_alloc_hookup",)
+_L2: Final = ("l2_update",)
+_NEW_L2: Final = ("l2_alloc_write", "l2_update")
+_L1: Final = ("l1_update",)
+"""What is announced before tables are written."""
+
 _MOST_FREED_BYTES: Final = 256 * MiB
 """Given-up space that may wait for a flush of the user's before we make one, to be able to use it again."""
 
@@ -90,6 +96,7 @@ class Ordering:
 
     def _allocate(self, count: int) -> tuple[int, int]:
         """``Refcounts.allocate``, under the lock."""
+        self.file.announce("cluster_alloc")
         host, count = self.refcounts.allocate(count)
         self._fresh = max(self._fresh, host + count)
         return host, count
@@ -100,6 +107,7 @@ class Ordering:
 
     def take_adjoining(self, count: int) -> int:
         """The first of ``count`` adjoining host clusters, now taken."""
+        self.file.announce("cluster_alloc")
         first = self.growing(lambda: self.refcounts.allocate_exactly(count))
         self._fresh = max(self._fresh, first + count)
         return first
@@ -198,14 +206,23 @@ class Ordering:
             l1_sectors, self._l1_changed = self._l1_changed, set()
             l1 = sector_pieces(self.map.l1, self.map.l1_offset, l1_sectors)
         try:
+            if table:
+                self.file.announce("refblock_alloc_write")
             if blocks:
+                self.file.announce("refblock_update_part")
                 self.file.writev(blocks)
             if self.data_file is not None:
                 self.data_file.flush()
+            if not (table or slices or l1):
+                self.file.announce("flush_to_disk")
             self.file.flush()
-            for pieces in (table, slices, l1):
+            for pieces, events in ((table, _TABLE), (slices, _NEW_L2 if l1 else _L2), (l1, _L1)):
                 if pieces:
+                    for event in events:
+                        self.file.announce(event)
                     self.file.writev(pieces)
+                    if pieces is l1 or not (l1 or (pieces is table and slices)):
+                        self.file.announce("flush_to_disk")
                     self.file.flush()
         except BaseException:
             with self.lock:
@@ -227,6 +244,8 @@ class Ordering:
             while self._passed and self._passed[0].era <= self._durable:
                 ready.append(self._passed.popleft())
             unmapped = [run for freed in ready if freed.unmap for run in self.refcounts.unshared(freed.runs)]
+        if ready:
+            self.file.announce("cluster_free")
         for first, count in unmapped:
             # Still counted, so still nobody's: nothing can be written there meanwhile.
             self.file.discard(first << self._cluster_bits, count << self._cluster_bits)
@@ -262,9 +281,12 @@ class Ordering:
             if self.metadata.contains(start, end - start):
                 raise CorruptImage(self.path, f"refcount of host cluster {start}", 0, None, "metadata lies there")
             self._fresh = max(self._fresh, end)
+            for event in ("reftable_grow", "refblock_alloc_write_blocks", "refblock_alloc_write_table"):
+                self.file.announce(event)
             self.file.writev(pieces)
             self.file.flush()
             clusters = end - first
+            self.file.announce("refblock_alloc_switch_table")
             self.write_header(AT_REFTABLE, struct.pack(">QI", first << self._cluster_bits, clusters))
             self.header.refcount_table_offset = first << self._cluster_bits
             self.header.refcount_table_clusters = clusters
@@ -278,6 +300,7 @@ class Ordering:
         pieces: list[Piece] = cache.capture()
         try:
             if pieces:
+                self.file.announce("refblock_update_part")
                 self.file.writev(pieces)
             self.file.flush()
         except BaseException:

@@ -63,7 +63,9 @@ class PackingWriter(Writer):
             entry = items[self._word((offset >> bits) & self._index_mask)]
             if entry:
                 self._check_counted(offset >> bits, entry)
+        self.file.announce("cluster_alloc_bytes")
         places = self._pack([length for _, length in units])
+        self.file.announce("l2_update_compressed")
         stored = _Stored(self, first, units[len(places) - 1][0] >> bits)
         extents = []
         for i, ((offset, length), place) in enumerate(zip(units, places, strict=False)):

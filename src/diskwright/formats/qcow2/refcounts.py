@@ -48,6 +48,7 @@ class Refcounts:
         self.file, self.path = file, file.filename
         self.geometry = g = header.geometry
         self.table_offset = header.refcount_table_offset
+        file.announce("reftable_load")
         self.table = read_table(
             file, "refcount_table_offset", self.table_offset, header.refcount_table_clusters << (g.cluster_bits - 3)
         )
@@ -56,7 +57,13 @@ class Refcounts:
         self._per_item = 1 << max(0, 3 - order)  # counts in an item of a slice
         items = (1 << g.ref_slice_bits) // self._per_item
         self.cache = SliceCache(
-            file, self._locate, typecode=_TYPECODES[max(order, 3)], items=items, byteorder="big", budget=cache_bytes
+            file,
+            self._locate,
+            typecode=_TYPECODES[max(order, 3)],
+            items=items,
+            byteorder="big",
+            budget=cache_bytes,
+            event="refblock_load",
         )
         self._order = order
         self._slice_mask = (1 << g.ref_slice_bits) - 1
@@ -352,6 +359,7 @@ class Refcounts:
     def _new_block(self, block: int, after: int) -> int:
         """Makes block ``block`` in the first free cluster from ``after`` on; returns the cluster behind it."""
         g = self.geometry
+        self.file.announce("refblock_alloc")
         place, _ = self._find(1, after)
         if self.is_metadata(place, 1):
             raise CorruptImage(self.path, f"refcount of host cluster {place}", 0, None, "metadata lies there")

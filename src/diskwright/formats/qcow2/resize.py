@@ -161,13 +161,16 @@ def grow_l1(writer: Writer, entries: int) -> None:
     """Moves the L1 table to a larger place."""
     g, mapping = writer.geometry, writer.map
     clusters = g.clusters(entries * 8)
+    writer.file.announce("l1_grow_alloc_table")
     first = writer.take_adjoining(clusters)
     writer.checkpoint()  # the new place is counted before anything says that the table is there
     table = array("Q", mapping.l1)
     table.extend([0] * (entries - len(table)))
     offset = first << g.cluster_bits
+    writer.file.announce("l1_grow_write_table")
     writer.file.writev([(offset, big_endian(table))])
     writer.file.flush()
+    writer.file.announce("l1_grow_activate_table")
     writer.write_header(AT_L1, struct.pack(">IQ", entries, offset))
     writer.switch_l1(table, offset)
 
@@ -177,7 +180,9 @@ def grow_l1(writer: Writer, entries: int) -> None:
 
 def _shrink(image: Qcow2, writer: Writer, size: int) -> None:
     writer.checkpoint()
+    writer.file.announce("l1_shrink_write_table")
     _set_size(image, writer, size)
+    writer.file.announce("l1_shrink_free_l2_clusters")
     _drop(writer, writer.geometry.clusters(size))
     if writer.data_file is not None and writer.data_file.size > size:
         _shorten(writer.data_file, size)
@@ -188,6 +193,7 @@ def make_empty(image: Qcow2) -> None:
     if image.writer is None:
         raise ImageError(f"{image.children[0].filename}: is open read-only")
     image.writer.checkpoint()
+    image.writer.file.announce("empty_image_prepare")
     _drop(image.writer, 0)
 
 

@@ -355,6 +355,7 @@ class Writer(Ordering):
     def _copy_table(self, index: int) -> None:
         """A table that a snapshot shares is copied before it is changed."""
         old = (self.map.l1[index] & OFFSET_MASK) >> self._cluster_bits
+        self.file.announce("l2_alloc_cow_read")
         for number in self._slices_of(index):
             self.map.l2.edit(number)
         host, _ = self._allocate(1)
