@@ -59,8 +59,8 @@ def test_keys_of_formats_and_exit_codes_are_there() -> None:
 @pytest.mark.parametrize("name", ["diskwright.1", *(f"diskwright-{name}.1" for name in command_names())])
 def test_groff_is_content(name: str, peer: Callable[[str], str]) -> None:
     done = subprocess.run(
-        [peer("groff"), "-man", "-Tutf8", "-ww", "-P-cbou"], input=pages()[name], capture_output=True, text=True, timeout=60,
-        check=False,
+        [peer("groff"), "-man", "-Tutf8", "-ww", "-P-cbou"], input=pages()[name], capture_output=True, text=True,
+        timeout=60, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert "NAME" in done.stdout and "EXIT" in done.stdout

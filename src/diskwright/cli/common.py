@@ -97,8 +97,9 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 def add_progress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", dest="show_progress", action="store_true", help="show progress on standard output")
     parser.add_argument(
-        "--progress", choices=("json",), help="report progress on standard error, one JSON object a line"
-    )
+        "--progress", choices=("json", "none"),
+        help="json: report progress on standard error, one JSON object a line; none: not even on a terminal",
+    )  # fmt: skip
 
 
 def check_output(args: argparse.Namespace) -> bool:

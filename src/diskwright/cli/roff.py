@@ -18,6 +18,12 @@ EXIT_CODES: Final = {
 }
 """What every command's codes mean, unless its own page tells otherwise."""
 
+_WRITTEN: Final = {
+    "\\": "\\e", "-": "\\-", '"': "\\(dq", "'": "\\(aq", "^": "\\(ha", "~": "\\(ti", "`": "\\(ga",
+    "|": "|\\:",  # a line may be broken there: lists of words may be longer than one
+}  # fmt: skip
+"""What roff would not show as it is, or not as the character that can be copied and typed."""
+
 
 def pages() -> dict[str, str]:
     """Every page by its file name: the program's, and one for each subcommand."""
@@ -44,8 +50,8 @@ def overview(found: Iterable[CommandText]) -> str:
                 _text(f"Called as {faces} it takes that program's command line."),
                 ".PP",
                 _text(
-                    "Options and names may come in any order; what follows -- is a name even if it begins with a hyphen. "
-                    "Sizes are bytes, or a number with one of the suffixes k, M, G, T, P, E (powers of 1024)."
+                    "Options and names may come in any order; what follows -- is a name even if it begins with a "
+                    "hyphen. Sizes are bytes, or a number with one of the suffixes k, M, G, T, P, E (powers of 1024)."
                 ),
             ),
             *_section("COMMANDS", *_terms(rows)),
@@ -127,9 +133,5 @@ def _italic(text: str) -> str:
 
 def _text(text: str) -> str:
     """``text`` so that roff shows it as it is."""
-    safe = (
-        text.replace("\\", "\\e").replace("-", "\\-").replace('"', "\\(dq").replace("'", "\\(aq").replace("^", "\\(ha")
-    )
-    safe = safe.replace("~", "\\(ti").replace("`", "\\(ga")
-    safe = safe.replace("|", "|\\:")  # lists of words may be longer than a line
+    safe = "".join(_WRITTEN.get(character, character) for character in text)
     return f"\\&{safe}" if safe.startswith(".") else safe
