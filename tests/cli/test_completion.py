@@ -33,6 +33,12 @@ CASES = [
     (["diskwright", "create", "-b", "disk."], {"disk.qcow2"}),
     (["diskwright", "serve", "--socket=disk."], {"disk.qcow2"}),
     (["diskwright", "info", "--", "disk."], {"disk.qcow2"}),
+    (["diskwright", "map", "--picture=p"], {"png"}),
+    (["diskwright", "map", "--picture", "disk."], {"disk.qcow2"}),
+    (["qemu-nbd", "--cache=d"], {"directsync"}),
+    (["qemu-nbd", "--cache", "d"], {"directsync"}),
+    (["qemu-io", "-f", "qco"], {name for name in format_names() if name.startswith("qco")}),
+    (["diskwright", "nbd", "--pers"], {"--persistent"}),
     (["diskwright", "completion", ""], {"bash", "zsh"}),
     (["diskwright", "create", "-o", "no_such=x,", "more"], set()),
 ]  # fmt: skip
@@ -115,7 +121,9 @@ def test_every_command_and_option_is_offered(offered: Callable[[list[str]], set[
     assert offered(["diskwright", ""]) == names | {"--help", "--version"}
     for command in described:
         if command.options:
-            wanted = {name for option in command.options for name in option.names} - {"--picture=text"}
+            wanted = {name for option in command.options for name in option.names}
+            if command.name == "map":
+                wanted |= {"--picture=text", "--picture=png"}
             assert offered(["diskwright", command.name, "-"]) == wanted, command.name
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from diskwright.cli.common import Parser
-from diskwright.cli.describe import command_names
+from diskwright.cli.describe import command_names, describe
 from diskwright.cli.roff import _text, pages
 from tests.cli.run import diskwright
 
@@ -33,6 +33,8 @@ def test_every_option_of_every_parser_has_its_place() -> None:
         module = import_module(f"diskwright.cli.commands.{name.replace('-', '_')}")
         assert f"\\fB{_text(name)}\\fR\n{_text(module.SUMMARY)}" in found["diskwright.1"]
         if not hasattr(module, "add_arguments"):
+            for option in describe(name, module).options:
+                assert f"\n.TP\n{', '.join(option.names)}" in plain(found[f"diskwright-{name}.1"])
             continue
         parser = Parser()
         module.add_arguments(parser)
@@ -47,6 +49,25 @@ def test_every_option_of_every_parser_has_its_place() -> None:
             if action.help:
                 assert " ".join(action.help.split()) in text, (name, action.help)
     assert checked > 100
+
+
+def test_options_out_of_a_help_text() -> None:
+    """Of programs with a command line of their own."""
+    from diskwright.cli.commands import io, nbd
+    from diskwright.cli.qnbd.arguments import OPTIONS
+
+    options = {names[-1]: option for option in describe("nbd", nbd).options if (names := option.names)}
+    assert set(options) == {f"--{option.name}" for option in OPTIONS} - {"--selinux-label"}
+    for option in OPTIONS:
+        if option.name != "selinux-label":
+            told = options[f"--{option.name}"]
+            assert bool(told.value) == option.takes_value
+            assert told.names == ((f"-{option.letter}",) if option.letter else ()) + (f"--{option.name}",)
+    assert options["--detect-zeroes"].words == ("off", "on", "unmap")
+    assert options["--snapshot"].help.endswith("is lost at the end")
+    options = {option.names[-1]: option for option in describe("io", io).options}
+    assert {"--cmd", "--cache", "--read-only", "--version"} <= set(options)
+    assert options["--cache"].words == ("none", "writeback", "writethrough", "directsync", "unsafe")
 
 
 def test_keys_of_formats_and_exit_codes_are_there() -> None:

@@ -91,7 +91,9 @@ class _Define(argparse.Action):
 
 def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="human|json", default="human", help="how the result is printed")
-    parser.add_argument("--json", action="store_const", const="json", dest="output", help="same as --output=json")
+    parser.add_argument(
+        "--json", action="store_const", const="json", dest="output", default="human", help="same as --output=json"
+    )
 
 
 def add_progress(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from diskwright.cli import describe
-from diskwright.cli.describe import CommandText
+from diskwright.cli.describe import CommandText, OptionText
 from diskwright.cli.faces import FACES, OWN_NAME
 
 _ENGINE: Final = r"""
@@ -61,6 +61,7 @@ __diskwright_complete() {
         case "$word" in
             --*=*)
                 __diskwright_value "$command" "${word%%=*}"
+                if [ -z "$__dw_kind" ]; then __diskwright_value "$command" "${word%%=*}="; fi
                 __dw_before="${word%%=*}="
                 word="${word#*=}"
                 if [ -z "$__dw_kind" ]; then return; fi
@@ -184,12 +185,12 @@ def script(shell: str) -> str:
 def _faces(found: list[CommandText]) -> list[str]:
     """The names this program answers to whose command line is described."""
     names = {command.name for command in found if command.options}
-    return [face for face, only in FACES.items() if only is None or only in names]
+    return [face.name for face in FACES.values() if face.only is None or face.only in names]
 
 
 def _tables(found: list[CommandText]) -> str:
     names = {command.name for command in found if command.options}
-    programs = {face: only for face, only in FACES.items() if only in names}
+    programs = {face.name: face.only for face in FACES.values() if face.only in names}
     commands = [*(command.name for command in found), "--help", "--version"]
     values: dict[str, list[str]] = {}
     for command in found:
@@ -197,11 +198,11 @@ def _tables(found: list[CommandText]) -> str:
             if option.value:
                 words = f" __dw_words={_list(option.words)}" if option.words else ""
                 values.setdefault(f"__dw_kind={option.kind}{words}", []).extend(
-                    f"{command.name} {name}" for name in option.names
+                    f"{command.name} {name}{'=' if option.optional else ''}" for name in option.names
                 )
     value_rows = [f"        {'|'.join(map(_quoted, keys))}) {do} ;;" for do, keys in values.items()]
     options = {
-        command.name: [name for option in command.options for name in option.names if _can_be_offered(name)]
+        command.name: [name for option in command.options for name in _offered(option)]
         for command in found
         if command.options
     }
@@ -228,9 +229,9 @@ def _tables(found: list[CommandText]) -> str:
     )
 
 
-def _can_be_offered(name: str) -> bool:
-    # "--picture=text" is "--picture".
-    return not name.endswith("=text")
+def _offered(option: OptionText) -> list[str]:
+    values = [f"{name}={word}" for name in option.names for word in option.words] if option.optional else []
+    return [*option.names, *values]
 
 
 def _has_keys(command: CommandText) -> bool:

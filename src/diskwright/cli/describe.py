@@ -37,13 +37,15 @@ _BY_METAVAR: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
 
 @dataclass(frozen=True)
 class OptionText:
-    """One option. ``value`` is what its value is called, '' when it takes none."""
+    """One option. ``value`` is what its value is called, '' when it takes none; ``optional``: it may be left out, and
+    otherwise follows an equals sign."""
 
     names: tuple[str, ...]
     value: str
     help: str
     kind: str = OTHER
     words: tuple[str, ...] = ()
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,18 +91,51 @@ def commands() -> list[CommandText]:
 
 
 def describe(name: str, module: Any) -> CommandText:
-    """A subcommand, from its module. One that reads its command line itself has options here only when it also has
-    ``add_arguments``."""
-    options: tuple[OptionText, ...] = ()
-    operands: tuple[OperandText, ...] = ()
-    if hasattr(module, "add_arguments"):
-        parser = Parser(prog=f"{OWN_NAME} {name}", description=module.SUMMARY)
-        module.add_arguments(parser)
-        actions = [action for action in parser._actions if action.help != argparse.SUPPRESS]
-        options = tuple(_option(action) for action in actions if action.option_strings)
-        operands = tuple(_operand(action) for action in actions if not action.option_strings)
+    """A subcommand, from its module: from its parser, or where it reads its command line itself, from its help."""
     codes = getattr(module, "EXIT_CODES", {})
+    if not hasattr(module, "add_arguments"):
+        return CommandText(name, module.SUMMARY, tuple(_from_help(module)), (), codes)
+    parser = Parser(prog=f"{OWN_NAME} {name}", description=module.SUMMARY)
+    module.add_arguments(parser)
+    actions = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+    options = tuple(_option(action) for action in actions if action.option_strings)
+    operands = tuple(_operand(action) for action in actions if not action.option_strings)
     return CommandText(name, module.SUMMARY, options, operands, codes, amends=name == "amend")
+
+
+_HELP_LINE: Final = re.compile(r" {2,6}(?:(-\w), )?(--[a-z-]+)(?:[ =]([A-Z]{2,}\S*))? +(\S.*)")
+"""A line of a help text that begins an option: its short name, its long one, its value and what it does."""
+
+_CHOICE: Final = re.compile(r"((?:[a-z_]+(?: \(\w+\))?, )*[a-z_]+)(?: \(\w+\))? or ([a-z_]+)")
+"""``none, writeback (default) or unsafe``"""
+
+
+def _from_help(module: Any) -> list[OptionText]:
+    """The options that ``--help`` tells of."""
+    import contextlib
+    import io
+
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        module.main(["--help"])
+    found: list[OptionText] = []
+    for line in told.getvalue().splitlines():
+        match = _HELP_LINE.fullmatch(line)
+        if match:
+            short, long, value, text = match.groups()
+            found.append(_option_told((short, long) if short else (long,), value or "", text))
+        elif found and line.startswith(" " * 20):
+            last = found.pop()
+            found.append(_option_told(last.names, last.value, f"{last.help} {line.strip()}"))
+    return found
+
+
+def _option_told(names: tuple[str, ...], value: str, help: str) -> OptionText:
+    if value == "MODE":
+        match = _CHOICE.search(help)
+        words = tuple(re.findall(r"[a-z_]+", re.sub(r"\(\w+\)", "", match[0].replace(" or ", ", ")))) if match else ()
+        return OptionText(names, value, help, WORDS if words else OTHER, words)
+    return OptionText(names, value, help, *_BY_METAVAR.get(value, (OTHER, ())))
 
 
 def _option(action: argparse.Action) -> OptionText:
@@ -110,7 +145,7 @@ def _option(action: argparse.Action) -> OptionText:
         return OptionText(names, "", help)
     if action.choices is not None:
         words = tuple(map(str, action.choices))
-        return OptionText(names, "|".join(words), help, WORDS, words)
+        return OptionText(names, "|".join(words), help, WORDS, words, optional=action.nargs == "?")
     value = action.metavar if isinstance(action.metavar, str) else action.dest.upper().replace("_", "-")
     if re.fullmatch(r"[a-z0-9]+(\|[a-z0-9]+)+", value):
         return OptionText(names, value, help, WORDS, tuple(value.split("|")))

@@ -106,7 +106,7 @@ _ADVICE: Final[tuple[tuple[str, _Advice], ...]] = (
     (r'Failed to get shared "\w+" lock', _written_to),
     (r'Failed to get "\w+" lock', _in_use),
     (r"without backing format|backing format must be specified", _needs_format),
-    (r"is not a size|expects a non-negative number|Invalid size", _not_a_size),
+    (r"is not a size|expects a non-negative number|Invalid size|suffixes for", _not_a_size),
     (r"references are not followed here|not a file in the image's own directory", _gate),
     (r"Could not open backing file", _backing_gone),
 )

@@ -104,6 +104,8 @@ def _synopsis(command: CommandText) -> str:
 
 def _option(option: OptionText) -> str:
     names = ", ".join(_bold(name) for name in option.names)
+    if option.optional:
+        return f"{names}[={_italic(option.value)}]"
     return f"{names} {_italic(option.value)}" if option.value else names
 
 
