@@ -15,7 +15,14 @@ from diskwright.core.driver import Format
 from diskwright.core.inspection import MAX_ROWS, MAX_TEXT, Fact, Inspection, Reference, pread_up_to
 from diskwright.engine.disk_content import Content, look
 from diskwright.engine.signatures import CONTENT, FILES, HEAD, IMAGE, TAIL, WRAPPED, Found, matches
-from diskwright.errors import CorruptImage, DiskwrightError, OptionError, message_of
+from diskwright.errors import (
+    DiskwrightError,
+    GraphError,
+    OptionError,
+    UnsafeReference,
+    UnsupportedFeature,
+    message_of,
+)
 
 if TYPE_CHECKING:
     from diskwright.core.graph import Graph
@@ -45,7 +52,9 @@ class Findings:
     error: str | None = None
     """Why the image cannot be opened here."""
     wrong: bool = False
-    """Whether ``error`` is for something that contradicts the specification, rather than for a closed gate."""
+    """Whether ``error`` is for something that contradicts the specification or a limit."""
+    unsupported: bool = False
+    """Whether it is for something this program does not know."""
     risks: list[str] = field(default_factory=list)
 
     @property
@@ -127,7 +136,9 @@ def _open(graph: Graph, found: Findings, force_share: bool) -> None:
             text = message_of(error).removeprefix(f"{found.filename}: ")
             found.unreadable = text
             if not guest_data:
-                found.error, found.wrong = text, isinstance(error, CorruptImage)
+                found.error = text
+                found.unsupported = isinstance(error, UnsupportedFeature)
+                found.wrong = not isinstance(error, (UnsupportedFeature, UnsafeReference, GraphError))
                 return
         if found.details.encrypted:
             found.unreadable = "encrypted"

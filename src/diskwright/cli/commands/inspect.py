@@ -28,7 +28,7 @@ EXIT_CODES: Final = {
     0: "nothing found that contradicts a specification",
     1: "the file cannot be read",
     DAMAGED: "something in it contradicts the format's specification",
-    NO_DRIVER: "recognised as a format there is no driver for",
+    NO_DRIVER: "recognised as something that cannot be opened here",
 }
 
 
@@ -54,7 +54,9 @@ def run(args: argparse.Namespace) -> int:
     print(json_text(as_mapping(found)) if as_json else "\n".join(as_lines(found)))
     if found.without_driver:
         return NO_DRIVER
-    return DAMAGED if found.problems else 0
+    if found.problems:
+        return DAMAGED
+    return NO_DRIVER if found.unsupported else 0
 
 
 # -- JSON ----------------------------------------------------------------------------------------
