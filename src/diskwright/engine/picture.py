@@ -6,16 +6,16 @@ chain, and the picture.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from diskwright.extents import DATA, SPECIAL, WINDOW, ZERO, Extents, windows
+from diskwright.extents import WINDOW, windows
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from diskwright.core.node import Node
+    from diskwright.core.status import Spans
 
 CLASSES: Final = ("data", "backing-1", "backing-2", "backing-deeper", "compressed", "zero", "unallocated")
 """What a byte can be: stored as it is in the image, in its backing file, in that one's, or further down; compressed, in
@@ -74,68 +74,22 @@ class Picture:
 
 def draw(node: Node, start: int, length: int, cells: int) -> Picture:
     """The picture of a range of ``node``, seen through its backing chain. Raises what looking at extents raises."""
+    from diskwright.core.status import spans
+
     picture = Picture(start, length, cells)
     for offset, span in windows(start, length, WINDOW):
-        picture.add(offset, classes(node, offset, span))
+        picture.add(offset, classes(spans(node, offset, span)))
     return picture
 
 
-def classes(node: Node, offset: int, length: int) -> Runs:
-    """The classes of a window's bytes: layer after layer, each only where those above say nothing."""
+def classes(found: Spans) -> Runs:
+    """The classes of runs. What lies beyond the end of a short backing image is said by nobody."""
     import numpy as np
 
-    found = Runs(np.array([offset + length], np.int64), np.array([_UNALLOCATED], np.uint8))
-    for depth, (layer, until) in enumerate(_layers(node)):
-        end = min(offset + length, until)
-        if end <= offset or not (found.kind == _UNALLOCATED).any():
-            break
-        mine = _of_layer(layer, offset, end - offset, depth)
-        if end < offset + length:  # what lies beyond a short image is zeros that nobody stored
-            mine = Runs(np.append(mine.end, np.int64(offset + length)), np.append(mine.kind, np.uint8(_UNALLOCATED)))
-        ends = np.union1d(found.end, mine.end)
-        above, below = found.kind[np.searchsorted(found.end, ends)], mine.kind[np.searchsorted(mine.end, ends)]
-        found = Runs(ends, np.where(above == _UNALLOCATED, below, above).astype(np.uint8))
-    return found
+    from diskwright.core.status import HAS_DATA, IS_BEYOND, IS_COMPRESSED, IS_PRESENT
 
-
-def _layers(node: Node) -> Iterator[tuple[Node, int]]:
-    """Each image of a chain, and how far what it says counts: not beyond the shortest of those above it."""
-    from diskwright.core.node import below_filters
-
-    layer: Node | None = below_filters(node)
-    until = 1 << 63
-    while layer is not None:
-        yield layer, until
-        backing = layer.backing
-        if backing is not None:
-            layer = below_filters(backing)
-            until = min(until, layer.size)
-        else:
-            layer = None
-
-
-def _of_layer(node: Node, offset: int, length: int, depth: int) -> Runs:
-    """What one image says of a range; where it says nothing, UNALLOCATED."""
-    import numpy as np
-
-    from diskwright.core.node import FormatNode, StorageNode, below_filters
-
-    linear = node.format.linear if isinstance(node, FormatNode) else None
-    if isinstance(node, FormatNode) and linear is not None:
-        file = below_filters(node.format.children[0])
-        if not isinstance(file, StorageNode):  # an image within an image: what that one says, at this depth
-            inner = classes(file, offset + linear, length)
-            kinds = np.where(inner.kind <= _DEEPEST, min(depth, _DEEPEST), inner.kind).astype(np.uint8)
-            return Runs(inner.end - linear, kinds)
-        columns = file.extents(offset + linear, length).shift(-linear)
-        return Runs(*_classified(columns, depth, unallocated=_ZERO))
-    unallocated = _ZERO if isinstance(node, StorageNode) else _UNALLOCATED
-    return Runs(*_classified(node.extents(offset, length), depth, unallocated=unallocated))
-
-
-def _classified(columns: Extents, depth: int, *, unallocated: int) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    import numpy as np
-
-    table = np.full(4, unallocated, np.uint8)
-    table[DATA], table[SPECIAL], table[ZERO] = min(depth, _DEEPEST), _COMPRESSED, _ZERO
-    return columns.offset + columns.length, table[columns.kind]
+    silent = found.flags & (IS_PRESENT | IS_BEYOND) != IS_PRESENT
+    kind = np.where(silent, _UNALLOCATED, _ZERO)
+    kind = np.where(found.flags & HAS_DATA, np.minimum(found.depth, _DEEPEST), kind)
+    kind = np.where(found.flags & IS_COMPRESSED, _COMPRESSED, kind)
+    return Runs(found.offset + found.length, kind.astype(np.uint8))
