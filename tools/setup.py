@@ -50,6 +50,9 @@ PEERS = (
 TESTS = (
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("losetup", "mount"),
+    ("bash", "bash"),
+    ("zsh", "zsh"),
+    ("groff", "groff-base"),
 )
 NEEDS: dict[str, tuple[tuple[str, str], ...]] = {
     "runtime": (),

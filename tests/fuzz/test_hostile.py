@@ -26,7 +26,8 @@ MOST = 256 << 10
 """KiB of memory above the idle process."""
 
 COMMANDS = (
-    ("info",), ("map", "--output=json"), ("check",), ("compare",), ("check", "-r", "leaks"), ("check", "-r", "all"),
+    ("info",), ("map", "--output=json"), ("check",), ("compare",), ("inspect",), ("inspect", "--json"),
+    ("check", "-r", "leaks"), ("check", "-r", "all"),
 )  # fmt: skip
 
 
@@ -43,7 +44,7 @@ def attack(path: Path) -> None:
         assert "Traceback" not in err.getvalue(), err.getvalue()
 
 
-CHECKS = (("info",), ("check",))
+CHECKS = (("info",), ("inspect",), ("check",))
 
 
 def large_tables(folder: Path) -> list[Path]:

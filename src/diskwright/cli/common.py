@@ -91,13 +91,17 @@ class _Define(argparse.Action):
 
 def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="human|json", default="human", help="how the result is printed")
+    parser.add_argument(
+        "--json", action="store_const", const="json", dest="output", default="human", help="same as --output=json"
+    )
 
 
 def add_progress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", dest="show_progress", action="store_true", help="show progress on standard output")
     parser.add_argument(
-        "--progress", choices=("json",), help="report progress on standard error, one JSON object a line"
-    )
+        "--progress", choices=("json", "none"),
+        help="json: report progress on standard error, one JSON object a line; none: not even on a terminal",
+    )  # fmt: skip
 
 
 def check_output(args: argparse.Namespace) -> bool:

@@ -82,7 +82,11 @@ FACES: Final[dict[str, Face]] = {
             "qemu-img",
             commands=_QEMU_IMG,
             defaults={"convert": {"target_cache": "unsafe"}},
-            lacks={"snapshot": ("-f", "--format"), "create": ("--backing-format",)},
+            lacks={
+                "create": ("--backing-format",),
+                "map": ("--picture", "-o"),
+                "snapshot": ("-f", "--format"),
+            },
             version=_QEMU_VERSION,
             command_help=False,
         ),

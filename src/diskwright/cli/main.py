@@ -205,7 +205,10 @@ def _report(error: BaseException, words: list[str]) -> int:
     else:
         detail = " ".join(str(error).split())
         text = f"internal error: {type(error).__name__}: {detail} (set {TRACEBACK}=1 to see where)"
+    from diskwright.cli.hints import hint_for  # here: a command that succeeds needs none
+
     try:
+        hint = hint_for(text, words) or hint
         print(f"{program()}: {text}{hint}", file=sys.stderr, flush=True)
     except OSError:
         pass  # nobody is listening; the exit code still tells

@@ -71,3 +71,24 @@ def _plain(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return str(value)
+
+
+def escaped(text: str) -> str:
+    """``text`` as one line without anything a terminal would act on: what cannot be printed, and what changes the
+    direction of writing, becomes ``\\xNN``, ``\\uNNNN`` or ``\\UNNNNNNNN``; a backslash is doubled."""
+    if text.isascii() and text.isprintable() and "\\" not in text:
+        return text
+    return "".join(map(_harmless, text))
+
+
+def _harmless(character: str) -> str:
+    code = ord(character)
+    if character == "\\":
+        return "\\\\"
+    if character.isprintable():
+        return character
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    if code < 0x100:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

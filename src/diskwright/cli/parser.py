@@ -121,7 +121,7 @@ class Parser(argparse.ArgumentParser):
         action = self._named(name)
         if action is None or (equals and action.nargs == 0):
             raise UsageError(f"unrecognized option '{words[at]}'")
-        if action.nargs == 0:
+        if action.nargs == 0 or (action.nargs == "?" and not equals):
             self._act(action, args, None, name)
         elif equals:
             self._act(action, args, value, name)
@@ -150,7 +150,8 @@ class Parser(argparse.ArgumentParser):
     def _act(self, action: argparse.Action, args: argparse.Namespace, text: str | None, given: str) -> None:
         self._given[id(action)] = given
         if text is None:
-            action(self, args, [], given)
+            # A value that may be left out follows an equals sign, as in getopt_long: the next word is an operand.
+            action(self, args, action.const if action.nargs == "?" else [], given)
             return
         try:
             action(self, args, self._value(action, text), given)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
+from diskwright.cli.faces import OWN_NAME, program
+
 if TYPE_CHECKING:
     import argparse
 
@@ -17,6 +19,8 @@ _LINE_INTERVAL: Final = 0.25
 """Seconds between updates of a line a person reads: faster than this nobody can."""
 _JSON_INTERVAL: Final = 1.0
 """Seconds between JSON lines: what a program polls at, and an hour of it stays below half a megabyte."""
+_PATIENCE: Final = 1.0
+"""Seconds after which progress that nobody asked for is shown on a terminal: shorter commands just end."""
 _WINDOW: Final = 10
 """How many updates the rate is taken over: long enough to be steady, short enough to notice a change."""
 
@@ -36,11 +40,12 @@ class Reporter:
     """Reports ``measure()`` from a thread of its own, so that the work itself is never held up by it.
 
     ``style`` is None (say nothing unless SIGUSR1 asks), ``line`` or ``json``. A reader that goes away ends
-    the reports, never the work.
+    the reports, never the work. What ends within ``patience`` seconds is not reported at all.
     """
 
-    def __init__(self, style: str | None, measure: Callable[[], Amount], *, phase: str) -> None:
-        self.style, self.measure, self.phase = style, measure, phase
+    def __init__(self, style: str | None, measure: Callable[[], Amount], *, phase: str, patience: float = 0.0) -> None:
+        self.style, self.measure, self.phase, self.patience = style, measure, phase, patience
+        self._shown = False
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._seen: list[tuple[float, int]] = []
@@ -49,16 +54,23 @@ class Reporter:
 
     @classmethod
     def of(cls, args: argparse.Namespace, measure: Callable[[], Amount], *, phase: str) -> Self:
-        """The reports a command line asks for: ``--progress=json``, else ``-p`` unless ``-q``."""
+        """The reports a command line asks for: ``--progress=json``, else ``-p`` unless ``-q``. On a terminal those of a
+        command that takes its time are shown unasked, where nothing else is printed there for a program."""
         if args.progress == "json":
             return cls("json", measure, phase=phase)
-        return cls("line" if args.show_progress and not args.quiet else None, measure, phase=phase)
+        if args.quiet or args.show_progress:
+            return cls(None if args.quiet else "line", measure, phase=phase)
+        unasked = args.progress is None and getattr(args, "output", "human") != "json"
+        if unasked and program() == OWN_NAME and sys.stdout.isatty():
+            return cls("line", measure, phase=phase, patience=_PATIENCE)
+        return cls(None, measure, phase=phase)
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._old_handler = signal.signal(signal.SIGUSR1, self._on_signal)
         if self.style is not None:
-            self._report()
+            if not self.patience:
+                self._report()
             self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
             self._thread.start()
         return self
@@ -71,23 +83,26 @@ class Reporter:
             self._thread.join()
         if self._old_handler is not None:
             signal.signal(signal.SIGUSR1, self._old_handler)  # type: ignore[arg-type]
-        if self.style is not None:
+        if self.style is not None and (self._shown or not self.patience):
             self._report()
         if error is not None:
             self.end_line()  # so that what went wrong gets a line of its own
 
     def end_line(self) -> None:
         """Leaves the line that was written over again and again; call it after the result was printed."""
-        if self.style == "line":
+        if self.style == "line" and self._shown:
             self._write(sys.stdout, "\n")
 
     def _run(self) -> None:
+        if self.patience and self._stop.wait(self.patience):
+            return
         interval = _JSON_INTERVAL if self.style == "json" else _LINE_INTERVAL
         while not self._stop.wait(interval):
             self._report()
 
     def _report(self) -> None:
         with self._serial:
+            self._shown = True
             amount = self.measure()
             rate, eta = self._rate(amount)
             if self.style == "json":

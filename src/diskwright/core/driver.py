@@ -33,6 +33,7 @@ from diskwright.extents import DATA, Extent, Extents
 if TYPE_CHECKING:
     from diskwright.core.bitmap import DirtyBitmap
     from diskwright.core.ciphered import Cipher
+    from diskwright.core.inspection import Inspection
     from diskwright.core.node import Node
 
 COMPRESSION: Final = "Compression not supported for this file format"
@@ -376,6 +377,13 @@ class Format(ABC):
     @abstractmethod
     def probe(head: bytes, filename: str) -> int:
         """How sure it is, 0 to 100, that an image beginning with ``head`` (at most 2 KiB) is of this format."""
+
+    @classmethod
+    def inspect(cls, file: Node) -> Inspection | None:
+        """What the metadata in ``file`` says, right or wrong, of a file that ``probe`` may or may not recognise.
+        Takes no memory and no time in proportion to a field of the image, and opens nothing else. What is wrong is
+        told, not raised; only OSError may be. None: nothing beyond what opening the image tells."""
+        return None
 
     @classmethod
     @abstractmethod

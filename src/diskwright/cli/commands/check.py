@@ -25,6 +25,13 @@ LEAKY: Final = 3
 NO_CHECK: Final = 63
 """The exit codes qemu-img documents."""
 
+EXIT_CODES: Final = {
+    0: "the image is sound, or now mended",
+    CORRUPT: "the image is corrupt",
+    LEAKY: "there are leaked clusters, and nothing worse",
+    NO_CHECK: "the format has no check",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_source(parser, cache=True)

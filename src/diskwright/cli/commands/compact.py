@@ -26,7 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-z", "--zeros", action="store_true", help="read all clusters, and give up those that are full of zeros"
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
-    parser.add_argument("--json", action="store_true", help="as --output=json")
     common.add_output(parser)
     common.add_image_opts(parser)
     common.add_object(parser)
@@ -36,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    as_json = common.check_output(args) or args.json
+    as_json = common.check_output(args)
     filename = common.one_operand(args.filename)
     cache = common.cache_mode(args.cache, "cache")
     with common.graph_of(args) as graph, Interruption() as interruption:

@@ -24,6 +24,14 @@ CANNOT_MAP: Final = 3
 CANNOT_READ: Final = 4
 """The exit codes qemu-img documents; 0 is for images that are alike."""
 
+EXIT_CODES: Final = {
+    0: "the images are alike",
+    DIFFERENT: "the images differ",
+    CANNOT_OPEN: "an image cannot be opened",
+    CANNOT_MAP: "an image's map cannot be read",
+    CANNOT_READ: "an image cannot be read",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", dest="format", metavar="FMT", help="format of the first image; probed when not given")

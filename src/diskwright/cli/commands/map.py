@@ -48,18 +48,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=common.size("max length"),
         help="how far to go (default: to the end)",
     )
+    parser.add_argument(
+        "--picture", nargs="?", const="text", choices=("text", "png"),
+        help="draw the allocation: with blocks and a legend with sizes (text), or as a PNG file (png, with -o)",
+    )  # fmt: skip
+    parser.add_argument("-o", dest="output_file", metavar="FILE", help="the PNG file (-: standard output)")
     parser.add_argument("filename", nargs="*")
 
 
 def run(args: argparse.Namespace) -> int:
     filename = common.one_operand(args.filename)
     as_json = common.check_output(args)
+    if (args.picture == "png") != (args.output_file is not None):
+        raise Failure("--picture=png and -o FILE belong together")
     with common.graph_of(args) as graph:
         node = common.open_image(
             graph, filename, format=args.format, image_opts=args.image_opts, force_share=args.force_share
         )
         size = common.guest_size(node)
         end = size if args.max_length is None else min(size, args.start_offset + args.max_length)
+        if args.picture is not None:
+            _show_picture(node, args.start_offset, end, args, as_json)
+            return 0
         layers = _Layers(node)
         rows = _rows(layers, args.start_offset, end)
         if as_json:
@@ -67,6 +77,27 @@ def run(args: argparse.Namespace) -> int:
         else:
             _print_table(rows, layers)
     return 0
+
+
+def _show_picture(node: Node, start: int, end: int, args: argparse.Namespace, as_json: bool) -> None:
+    """The picture, or with ``--output=json`` its counts."""
+    from diskwright.cli import picture as show
+    from diskwright.cli.output import json_text
+    from diskwright.engine.picture import draw
+
+    if start > end or (start == end and start):
+        raise Failure(f"Offset {start} is beyond the disk's end, {end}")
+    columns, rows = show.text_cells() if args.picture == "text" else (show.PNG_COLUMNS, show.PNG_ROWS)
+    try:
+        picture = draw(node, start, end - start, columns * rows)
+    except (DiskwrightError, OSError) as error:
+        raise Failure(f"Could not read file metadata: {message_of(error)}") from error
+    if args.picture == "png":
+        show.write_png(args.output_file, show.as_png(picture, columns, node.filename))
+    elif not as_json:
+        print("\n".join(show.as_text(picture, columns, sys.stdout)))
+    if as_json:
+        print(json_text({"start": start, "length": end - start, "bytes": picture.totals()}))
 
 
 def _print_json(rows: Iterator[Spans], start: int) -> None:

@@ -16,6 +16,7 @@ from diskwright.units import MAX_DISK_SIZE, SECTOR, align_down, align_up
 
 if TYPE_CHECKING:
     from diskwright.codecs.luks import Area, Luks1, Luks2
+    from diskwright.core.inspection import Inspection
 
 MAGIC: Final = b"LUKS\xba\xbe"
 # What works on LUKS headers is imported where it is needed: every probe of an image loads this module.
@@ -51,6 +52,12 @@ class Luks(Format):
     def probe(head: bytes, filename: str) -> int:
         # Version 2 too: to read one as raw would be worse than to ask for its key.
         return 100 if head[:6] == MAGIC and head[6:8] in (b"\0\1", b"\0\2") else 0
+
+    @classmethod
+    def inspect(cls, file: Node) -> Inspection:
+        from diskwright.formats.luks.inspect import inspect
+
+        return inspect(file)
 
     @classmethod
     def open(cls, context: OpenContext, options: LuksOptions) -> Luks:

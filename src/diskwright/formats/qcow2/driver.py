@@ -42,6 +42,7 @@ from diskwright.formats.qcow2.subclusters import SubclusterMapping, open_mapping
 DATA_FILE_ROLE: Final = "data-file"
 
 if TYPE_CHECKING:
+    from diskwright.core.inspection import Inspection
     from diskwright.formats.qcow2.encryption import Encryption
 
 
@@ -120,6 +121,12 @@ class Qcow2(Format, Snapshots):
             return 0
         # Later versions too: to read one as raw would be worse than to refuse it.
         return 100 if struct.unpack_from(">I", head, 4)[0] >= 2 else 0
+
+    @classmethod
+    def inspect(cls, file: Node) -> Inspection:
+        from diskwright.formats.qcow2.inspect import inspect
+
+        return inspect(file)
 
     @classmethod
     def open(cls, context: OpenContext, options: Qcow2Options) -> Qcow2:
