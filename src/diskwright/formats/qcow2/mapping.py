@@ -160,7 +160,8 @@ class Mapping:
         if count <= _BULK:
             found = self._bulk(first, count)
         else:
-            found = join([self._bulk(first + at, min(_BULK, count - at)) for at in range(0, count, _BULK)]).merge()
+            parts = [self._bulk(first + at, min(_BULK, count - at)) for at in range(0, count, _BULK)]
+            found = Extents.join(parts).merge()
         # Only the first and the last run can reach out of the range.
         inside = offset & self._cluster_mask
         if inside:
@@ -331,16 +332,3 @@ def _extend(ranges: list[tuple[int, int]], start: int, end: int) -> None:
         ranges[-1] = ranges[-1][0], end
     else:
         ranges.append((start, end))
-
-
-def join(parts: list[Extents]) -> Extents:
-    import numpy as np
-
-    return Extents(
-        np.concatenate([p.offset for p in parts]),
-        np.concatenate([p.length for p in parts]),
-        np.concatenate([p.kind for p in parts]),
-        np.concatenate([p.file_offset for p in parts]),
-        np.concatenate([p.child for p in parts]),
-        np.concatenate([p.stored for p in parts]),
-    )

@@ -14,10 +14,11 @@ from contextlib import suppress
 from typing import Final
 
 from diskwright.core.driver import Reservation
+from diskwright.core.placing import Placed
 from diskwright.errors import LimitExceeded
 from diskwright.extents import SPECIAL, Extent
 from diskwright.formats.qcow2.layout import COMPRESSED
-from diskwright.formats.qcow2.writing import Placed, Writer
+from diskwright.formats.qcow2.writing import Writer
 from diskwright.units import SECTOR, align_up
 
 _MOST_UNITS: Final = 8192
@@ -56,7 +57,7 @@ class PackingWriter(Writer):
 
     def _reserve_stored(self, units: Sequence[tuple[int, int]], first: int, last: int) -> Reservation:
         bits, size = self._cluster_bits, self._cluster_size
-        last = self._await_turn(first, last)
+        last = self._turns.wait(first, last)
         items = self._own_table(first)
         units = [unit for unit in units if unit[0] >> bits <= last]
         for offset, _ in units:
@@ -77,7 +78,7 @@ class PackingWriter(Writer):
             stored.entries.append(self._descriptor(place, length))
         stored.extents = extents
         self.map.l2.pin(first >> self.geometry.slice_bits)
-        self._open.append(stored)
+        self._turns.begin(stored)
         return stored
 
     def _descriptor(self, place: int, length: int) -> int:

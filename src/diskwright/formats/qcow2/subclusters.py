@@ -29,7 +29,7 @@ from diskwright.formats.qcow2.layout import (
     SUBCLUSTER_BITS,
     ZERO,
 )
-from diskwright.formats.qcow2.mapping import Mapping, join
+from diskwright.formats.qcow2.mapping import Mapping
 
 if TYPE_CHECKING:
     import numpy as np
@@ -166,7 +166,7 @@ class SubclusterMapping(Mapping):
 
     def _bulk(self, first: int, count: int) -> Extents:
         parts = [self._window(first + at, min(_WINDOW, count - at)) for at in range(0, count, _WINDOW)]
-        return join(parts).merge()
+        return Extents.join(parts).merge()
 
     def _window(self, first: int, count: int) -> Extents:
         import numpy as np

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from diskwright.core.driver import Reservation
 from diskwright.core.leases import Leases
 from diskwright.core.node import Node
+from diskwright.core.placing import InPlace
 from diskwright.core.tables import Generations
 from diskwright.errors import CorruptImage
 from diskwright.extents import DATA, Extent
@@ -27,7 +28,7 @@ from diskwright.formats.qcow2.layout import ALL_SUBCLUSTERS, COMPRESSED, COPIED,
 from diskwright.formats.qcow2.packing import PackingWriter
 from diskwright.formats.qcow2.refcounts import Refcounts
 from diskwright.formats.qcow2.subclusters import SubclusterMapping, parts_of
-from diskwright.formats.qcow2.writing import InPlace, PlacedClusters, steps
+from diskwright.formats.qcow2.writing import PlacedClusters, steps
 
 _NOWHERE = (-1, 0)
 
@@ -173,7 +174,7 @@ class SubclusterWriter(PackingWriter):
     # -- reservations ------------------------------------------------------------------------------
 
     def _reserve(self, offset: int, length: int, first: int, last: int) -> Reservation:
-        last = self._await_turn(first, last)
+        last = self._turns.wait(first, last)
         end = min(offset + length, last + 1 << self._cluster_bits)
         place, mask = self._own_parts(first)
         if place >= 0:
@@ -204,7 +205,7 @@ class SubclusterWriter(PackingWriter):
             if not kept:
                 self.refcounts.release([(place >> self._cluster_bits, count)])
             raise
-        self._open.append(placed)
+        self._turns.begin(placed)
         return placed
 
     def _count_own(self, first: int, last: int, place: int, offset: int, end: int, complete: bool) -> int:
@@ -389,9 +390,7 @@ class SubclusterWriter(PackingWriter):
         return items is not None and bool(self.map.words(items, cluster & self._index_mask)[0] & COMPRESSED)
 
     def _await_none_open(self, start: int, stop: int) -> None:
-        first, last = start >> self._cluster_bits, (stop - 1) >> self._cluster_bits
-        while any(other.first <= last and other.last >= first for other in self._open):
-            self._turn.wait()
+        self._turns.wait_for_all(start >> self._cluster_bits, ((stop - 1) >> self._cluster_bits) + 1)
 
     def _alter(self, start: int, stop: int, new: _Change, unmap: bool) -> bool:
         """Changes the entries of a range of units within one slice. Tells whether changed tables are overdue."""

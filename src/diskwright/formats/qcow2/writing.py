@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import threading
 from array import array
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,6 +11,7 @@ from typing import Final
 from diskwright.core.driver import Reservation
 from diskwright.core.leases import Leases
 from diskwright.core.node import Node
+from diskwright.core.placing import InPlace, Placed, Turns
 from diskwright.core.tables import Generations
 from diskwright.errors import CorruptImage
 from diskwright.extents import DATA, Extent
@@ -26,26 +26,6 @@ _MOST_CLUSTERS: Final = 65536
 
 _MANY: Final = 4096
 """Entries from which on NumPy is worth its import: only allocation in advance makes that many at once."""
-
-
-class InPlace(Reservation):
-    """A write that needs no new place after all."""
-
-    def __init__(self, extent: Extent) -> None:
-        self.extents = (extent,)
-
-    def publish(self) -> None:
-        return
-
-    def abort(self) -> None:
-        return
-
-
-class Placed(Reservation):
-    """Of guest clusters ``first`` to ``last``, which no other reservation may have meanwhile."""
-
-    first: int
-    last: int
 
 
 class PlacedClusters(Placed):
@@ -81,8 +61,7 @@ class Writer(Ordering):
         """Whether clusters without an entry may read as something else than zeros."""
         self.keeps_places = False
         """Whether clusters keep their place when they are discarded (option ``discard-no-unref``)."""
-        self._turn = threading.Condition(self.lock)
-        self._open: list[Placed] = []  # reservations neither published nor aborted: few, one a writing thread
+        self._turns = Turns(self.lock)
         self._file_zero_init = file.zero_init
         self._owned: set[int] = set()  # L1 entries whose L2 table is known to be ours alone
         # Places proven to be writable: one array a slice, 0 where nothing is proven.
@@ -192,7 +171,7 @@ class Writer(Ordering):
         return self.growing(lambda: self._reserve(offset, length, first, last))
 
     def _reserve(self, offset: int, length: int, first: int, last: int) -> Reservation:
-        last = self._await_turn(first, last)
+        last = self._turns.wait(first, last)
         bits, size = self._cluster_bits, self._cluster_size
         place = self._writable(first)
         if place:
@@ -217,35 +196,9 @@ class Writer(Ordering):
         self.map.l2.pin(number)
         placed = PlacedClusters(self, first, first + count - 1, place, kept=kept)
         placed.zeroed = not kept and place >> bits >= before and self._file_zero_init
-        self._describe(placed, offset, length)
-        self._open.append(placed)
+        placed.describe(self._cluster_size, place, offset, length)
+        self._turns.begin(placed)
         return placed
-
-    def _describe(self, placed: PlacedClusters, offset: int, length: int) -> None:
-        """Which of its bytes the write fills, and which the caller must."""
-        start, end = placed.first << self._cluster_bits, (placed.last + 1) << self._cluster_bits
-        shift = placed.place - start
-        stop = min(offset + length, end)
-        placed.extents = (Extent(offset, stop - offset, DATA, offset + shift),)
-        fills = []
-        if offset > start:
-            fills.append(Extent(start, offset - start, DATA, placed.place))
-        if stop < end:
-            fills.append(Extent(stop, end - stop, DATA, stop + shift))
-        placed.fills = fills
-
-    def _await_turn(self, first: int, last: int) -> int:
-        """Waits until no open reservation has cluster ``first``; returns ``last``, or the cluster before the next
-        that is reserved."""
-        while True:
-            for other in self._open:
-                if other.first <= first <= other.last:
-                    break
-                if first < other.first <= last:
-                    last = other.first - 1
-            else:
-                return last
-            self._turn.wait()
 
     def _ready_place(self, cluster: int, entry: int) -> int:
         """Where space is kept ready for a cluster that reads as zeros, or 0."""
@@ -312,9 +265,8 @@ class Writer(Ordering):
                 self.refcounts.release([(placed.place >> self._cluster_bits, placed.last - placed.first + 1)])
 
     def _close(self, placed: Placed) -> None:
-        self._open.remove(placed)
         self.map.l2.unpin(placed.first >> self.geometry.slice_bits)
-        self._turn.notify_all()
+        self._turns.finish(placed)
 
     # -- L2 tables -----------------------------------------------------------------------------------
 
@@ -440,8 +392,7 @@ class Writer(Ordering):
     def _change(self, first: int, end: int, new: Callable[[int], int], unmap: bool) -> bool:
         """Gives guest clusters of one slice the entries ``new`` makes of their old ones. Tells whether changed
         tables are overdue to be written."""
-        while any(other.first < end and other.last >= first for other in self._open):
-            self._turn.wait()
+        self._turns.wait_for_all(first, end)
         low, high = first & self._index_mask, (end - 1) & self._index_mask
         items = self.map.load(first >> self.geometry.slice_bits)
         old = array("Q", bytes(8 * (end - first))) if items is None else items[low : high + 1]
