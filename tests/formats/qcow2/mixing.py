@@ -354,7 +354,7 @@ class Mix:
         """A session of qemu-io, with qemu-img before it perhaps."""
         rng = self.rng
         self.exact = False
-        if rng.random() < 0.5 and not self.apart and self.options.get("refcount_bits") != 1:
+        if rng.random() < 0.5 and not self.apart and int(str(self.options.get("refcount_bits", 16))) >= 16:
             self._qemu_snapshot()
         if rng.random() < 0.3 and not self.v2:
             self._qemu_bitmap()

@@ -357,12 +357,12 @@ class SubclusterWriter(PackingWriter):
             start = end
 
     def _whole_units(self, offset: int, length: int) -> tuple[int, int]:
-        """The guest range of whole subclusters, or clusters, within a range; the disk's last one counts as whole."""
+        """The guest range of whole subclusters, or clusters, within a range; the disk's last cluster counts as whole."""
         bits = self.geometry.unit_bits
         mask = (1 << bits) - 1
         end = offset + length
         if end >= self.size:
-            end = max(end, self.size + mask)
+            end += -end & self._cluster_mask
         return offset + mask & ~mask, end & ~mask
 
     def _zero_units(self, start: int, stop: int, unmap: bool) -> tuple[int, int, bool]:
