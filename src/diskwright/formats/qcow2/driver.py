@@ -18,7 +18,6 @@ from diskwright.core.driver import (
     Part,
     Progress,
     Reservation,
-    not_supported,
 )
 from diskwright.core.leases import Leases
 from diskwright.core.node import Node
@@ -364,9 +363,6 @@ class Qcow2(Format, Snapshots):
         from diskwright.formats.qcow2.resize import resize
 
         self.settle()
-        if self.encryption is not None and preallocation != "off":
-            # What is taken in advance would not read as zeros: those have to be written, encrypted.
-            raise not_supported("Growing an encrypted image with preallocation")
         if self.bitmap_store is not None and self.writer is not None:
             self.bitmap_store.before_resize(size)
         resize(self, size, preallocation, conceal)

@@ -19,6 +19,7 @@ from diskwright.formats.qcow2.header import AT_L1, AT_SIZE
 from diskwright.formats.qcow2.layout import MAX_L1_BYTES, OFFSET_MASK
 from diskwright.formats.qcow2.refcounts import big_endian
 from diskwright.formats.qcow2.writing import PlacedClusters
+from diskwright.units import MiB
 
 if TYPE_CHECKING:
     from diskwright.core.node import Node
@@ -241,7 +242,11 @@ def _unmap(writer: Writer, first: int, end: int) -> None:
 def preallocate(image: Qcow2, writer: Writer, start: int, mode: str) -> None:
     """Gives every cluster from guest offset ``start`` on, none of which has a place, one that reads as zeros.
     ``mode`` metadata: only that; falloc: the file system reserves the space; full: zeros are written to it. A data file
-    has the space, and zeros in it, already."""
+    has the space, and zeros in it, already.
+
+    In an encrypted image what is in such places would not read as zeros: the map calls them zeros, or where it cannot,
+    in version 2, they are written. While such an image is made it has no key yet; then they read as anything."""
+    veiled = image.cipher is not None
     g, file, own = writer.geometry, writer.file, writer.data_file is None
     start += -start & g.cluster_mask
     if mode != "metadata" and own:
@@ -254,7 +259,9 @@ def preallocate(image: Qcow2, writer: Writer, start: int, mode: str) -> None:
         run = placed.extents[0]
         length = run.length + (-run.length & g.cluster_mask)
         try:
-            if not placed.zeroed and own:
+            if veiled and writer.header.version < 3:
+                _seal_zeros(image, file, run.offset, length, run.file_offset)
+            elif not placed.zeroed and own:
                 file.write_zeros(run.file_offset, length)
             # Before the map can name them: what lies beyond the end of the file counts as damage.
             if own:
@@ -263,13 +270,20 @@ def preallocate(image: Qcow2, writer: Writer, start: int, mode: str) -> None:
             placed.abort()
             raise
         if isinstance(placed, PlacedClusters):
-            writer.publish_empty(placed)
+            writer.publish_empty(placed, veiled=veiled and writer.header.version >= 3)
         else:
             placed.publish()
         start += run.length
     writer.checkpoint()
     if mode != "metadata" and own:
         _trim(writer)
+
+
+def _seal_zeros(image: Qcow2, file: Node, offset: int, length: int, place: int) -> None:
+    zeros = memoryview(bytes(min(length, MiB)))
+    for at in range(0, length, len(zeros)):
+        part = zeros[: length - at]
+        file.pwrite(place + at, seal(image, part, offset + at, place + at))
 
 
 def _estimate(writer: Writer, start: int, clusters: int) -> int:

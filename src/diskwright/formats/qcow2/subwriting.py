@@ -268,15 +268,16 @@ class SubclusterWriter(PackingWriter):
                 yield max(low, end), high
             part += count
 
-    def publish(self, placed: PlacedClusters) -> None:
-        self._publish(placed, empty=False)
+    def publish(self, placed: PlacedClusters, flags: int = COPIED) -> None:
+        self._publish(placed, flags, empty=bool(flags & ZERO))
 
-    def publish_empty(self, placed: PlacedClusters) -> None:
+    def publish_empty(self, placed: PlacedClusters, *, veiled: bool) -> None:
         """With extended entries places can be had without anything being in them: the guest then reads what it would
         without them."""
-        self._publish(placed, empty=self._extended)
+        flags = COPIED | ZERO if veiled and not self._extended else COPIED
+        self._publish(placed, flags, empty=veiled or self._extended)
 
-    def _publish(self, placed: PlacedClusters, *, empty: bool) -> None:
+    def _publish(self, placed: PlacedClusters, flags: int, *, empty: bool) -> None:
         with self.lock:
             number, words = placed.first >> self.geometry.slice_bits, self.geometry.entry_words
             low, count = placed.first & self._index_mask, placed.last - placed.first + 1
@@ -285,10 +286,11 @@ class SubclusterWriter(PackingWriter):
             begin, end = low * words, (low + count) * words
             old = items[begin:end:words]
             new, places = array("Q", bytes(8 * words * count)), array("Q", bytes(16 * count))
-            new[::words] = steps(placed.place | COPIED, self._cluster_size, count)
+            new[::words] = steps(placed.place | flags, self._cluster_size, count)
             places[::2] = steps(placed.place, self._cluster_size, count)
             if empty:
-                new[1::2] = items[begin + 1 : end : 2]
+                if words == 2:
+                    new[1::2] = items[begin + 1 : end : 2]
             else:
                 masks = array("Q", (ALL_SUBCLUSTERS,)) * count
                 for cluster, (_, alloc) in placed.bitmaps.items():
@@ -344,22 +346,24 @@ class SubclusterWriter(PackingWriter):
         is in use."""
         start, stop = self._whole_units(offset, length)
         table_shift = self._cluster_bits + self.geometry.l2_bits
+        over = bool(self.header.backing_file)
+        change = _discarded_over if over else _discarded
         while start < stop:
-            if not self.map.l1[start >> table_shift]:
+            if not over and not self.map.l1[start >> table_shift]:
                 start = (start >> table_shift) + 1 << table_shift
                 continue
             end = min(stop, (start >> self._cluster_bits | self._index_mask) + 1 << self._cluster_bits)
-            if self.growing(lambda start=start, end=end: self._alter(start, end, _discarded, True)):  # type: ignore[misc]
+            if self.growing(lambda start=start, end=end: self._alter(start, end, change, True)):  # type: ignore[misc]
                 self.checkpoint()
             start = end
 
     def _whole_units(self, offset: int, length: int) -> tuple[int, int]:
-        """The guest range of whole subclusters, or clusters, within a range; the disk's last one counts as whole."""
+        """The guest range of whole subclusters, or clusters, within a range; the disk's last cluster counts as whole."""
         bits = self.geometry.unit_bits
         mask = (1 << bits) - 1
         end = offset + length
         if end >= self.size:
-            end = max(end, self.size + mask)
+            end += -end & self._cluster_mask
         return offset + mask & ~mask, end & ~mask
 
     def _zero_units(self, start: int, stop: int, unmap: bool) -> tuple[int, int, bool]:
@@ -469,6 +473,14 @@ def _discarded(state: _State, parts: int) -> tuple[bool, int, int]:
     alloc, zero = state.alloc & ~parts, state.zero | state.alloc & parts
     # A place all of which is zero or nothing is of no use to anyone, when that was discarded too.
     return state.place >= 0 and (bool(alloc) or not parts & (state.alloc | state.zero)), alloc, zero
+
+
+def _discarded_over(state: _State, parts: int) -> tuple[bool, int, int]:
+    """Over a backing file what was not stored becomes zeros too."""
+    keeps, alloc, zero = _discarded(state, parts)
+    if state.entry & COMPRESSED:
+        return keeps, alloc, zero
+    return keeps, alloc, zero | parts
 
 
 def _gone(state: _State, parts: int) -> tuple[bool, int, int]:

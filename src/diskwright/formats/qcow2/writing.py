@@ -231,8 +231,9 @@ class Writer(Ordering):
                 if not self.refcounts.get(each):
                     self._refuse(cluster, each << self._cluster_bits, "the refcount of that host cluster is 0")
 
-    def publish(self, placed: PlacedClusters) -> None:
-        """Puts a reservation's places on the map."""
+    def publish(self, placed: PlacedClusters, flags: int = COPIED) -> None:
+        """Puts a reservation's places on the map. With ``flags`` that have ZERO in them the places are kept ready for
+        clusters that read as zeros."""
         with self.lock:
             bits, size = self.geometry.slice_bits, self._cluster_size
             number, low = placed.first >> bits, placed.first & self._index_mask
@@ -241,9 +242,10 @@ class Writer(Ordering):
             assert items is not None, "pinned by the reservation"
             old = items[low : high + 1]
             start = placed.place
-            items[low : high + 1] = steps(start | COPIED, size, len(old))
+            items[low : high + 1] = steps(start | flags, size, len(old))
             self.map.l2.mark(number, low, high)
-            self._places_of(number)[low : high + 1] = steps(start, size, len(old))
+            if not flags & ZERO:
+                self._places_of(number)[low : high + 1] = steps(start, size, len(old))
             if not placed.kept and any(old):
                 self._give_up(old, unmap=False)
             self._close(placed)
@@ -251,9 +253,10 @@ class Writer(Ordering):
         if overdue:
             self.checkpoint()
 
-    def publish_empty(self, placed: PlacedClusters) -> None:
-        """``publish`` for places that are taken in advance, and hold zeros."""
-        self.publish(placed)
+    def publish_empty(self, placed: PlacedClusters, *, veiled: bool) -> None:
+        """``publish`` for places that are taken in advance, and hold zeros; ``veiled``: what would not read as zeros,
+        and has to be called zeros by the map."""
+        self.publish(placed, COPIED | ZERO if veiled else COPIED)
 
     def abort(self, placed: PlacedClusters) -> None:
         """Gives a reservation's places back, or leaks them when even that fails."""
@@ -334,13 +337,14 @@ class Writer(Ordering):
         return start, min(end << self._cluster_bits, offset + length) - start
 
     def discard(self, offset: int, length: int) -> None:
-        """See ``Format.discard``: zeros, and in version 2 nothing allocated, or no change where that would show
-        what the backing file has there."""
+        """See ``Format.discard``: zeros, also over a backing file, and in version 2 nothing allocated, or no change
+        where that would show what the backing file has there."""
         first, stop = self._whole_clusters(offset, length)
-        if self.header.version < 3 and self.header.backing_file:
+        over = bool(self.header.backing_file)
+        if self.header.version < 3 and over:
             return
         while first < stop:
-            if not self.map.l1[first >> self.geometry.l2_bits] & OFFSET_MASK:
+            if not over and not self.map.l1[first >> self.geometry.l2_bits] & OFFSET_MASK:
                 first = ((first >> self.geometry.l2_bits) + 1) << self.geometry.l2_bits
                 continue
             end = min(stop, (first | self._index_mask) + 1)
@@ -381,11 +385,12 @@ class Writer(Ordering):
 
     def _discard(self, first: int, end: int) -> bool:
         gone = ZERO if self.header.version >= 3 else 0
+        over = bool(self.header.backing_file)
 
         def discarded(entry: int) -> int:
             if self.keeps_places and gone and entry & COPIED and not entry & COMPRESSED:
                 return entry | ZERO
-            return gone if entry & COMPRESSED or entry & OFFSET_MASK else entry
+            return gone if over or entry & COMPRESSED or entry & OFFSET_MASK else entry
 
         return self._change(first, end, discarded, True)
 
