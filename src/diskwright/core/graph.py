@@ -255,14 +255,13 @@ class Graph:
 
     def _claim(self, node: FilterNode, filter: Filter, mode: Mode) -> None:
         """Makes known what a filter does with its child beyond what its users do."""
-        above = mode.child_access()
-        wanted = filter.access(above)
-        if wanted == above:
+        nothing = Access(0, ALL)
+        own = filter.access(nothing)
+        if own == nothing:
             return
         if isinstance(filter.child, StorageNode):
-            filter.child.storage.set_access(wanted)
-        more = Access(wanted.needs & ~above.needs, ALL & ~(above.shares & ~wanted.shares))
-        self.use(node, filter.child, more)
+            filter.child.storage.set_access(filter.access(mode.child_access()))
+        self.use(node, filter.child, own)
 
     def _open_format(
         self,
