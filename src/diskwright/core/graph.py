@@ -224,9 +224,8 @@ class Graph:
             options = {**cls.parse_filename(_taken_name(options)), **options}
         children: dict[str, Node] = {}
         for role in cls.roles:
-            child = self._open_child(
-                role.name, options, replace(mode, bytes=mode.bytes and not role.image), made, above
-            )
+            below = mode if role.image is None else replace(mode, bytes=not role.image)
+            child = self._open_child(role.name, options, below, made, above)
             if child is not None:
                 children[role.name] = child
             elif not role.optional:
