@@ -63,6 +63,11 @@ class OutOfRange(OptionError):
     """A number is larger than what asks for it can take."""
 
 
+class FatalError(DiskwrightError):
+    """A program that meets this has to end: a check has failed that it was told to rely upon. ``str()`` is the whole
+    line to show."""
+
+
 class JobError(DiskwrightError):
     """A job failed or was asked for something its state does not allow; the cause is chained."""
 

@@ -22,7 +22,7 @@ from typing import Any, Final
 from diskwright.cli import faces
 from diskwright.cli.common import Failure, Parser, UsageError
 from diskwright.cli.faces import program
-from diskwright.errors import DiskwrightError, message_of
+from diskwright.errors import DiskwrightError, FatalError, message_of
 
 _COMMANDS: Final = "diskwright.cli.commands"
 
@@ -209,7 +209,7 @@ def _report(error: BaseException, words: list[str]) -> int:
 
     try:
         hint = hint_for(text, words) or hint
-        print(f"{program()}: {text}{hint}", file=sys.stderr, flush=True)
+        print(text if isinstance(error, FatalError) else f"{program()}: {text}{hint}", file=sys.stderr, flush=True)
     except OSError:
         pass  # nobody is listening; the exit code still tells
     return code

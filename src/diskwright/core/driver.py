@@ -541,9 +541,9 @@ class Role:
 
     name: str
     optional: bool = False
-    image: bool = False
-    """Whether the format of a child given by its file name is always guessed. Otherwise only where no format lies
-    above the filter: what a format lies in is bytes."""
+    image: bool | None = None
+    """Whether the format of a child given by its file name is guessed. None: only where no format lies above the
+    filter, as what a format lies in is bytes."""
 
 
 class Filter(ABC):

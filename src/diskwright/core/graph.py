@@ -224,9 +224,8 @@ class Graph:
             options = {**cls.parse_filename(_taken_name(options)), **options}
         children: dict[str, Node] = {}
         for role in cls.roles:
-            child = self._open_child(
-                role.name, options, replace(mode, bytes=mode.bytes and not role.image), made, above
-            )
+            below = mode if role.image is None else replace(mode, bytes=not role.image)
+            child = self._open_child(role.name, options, below, made, above)
             if child is not None:
                 children[role.name] = child
             elif not role.optional:
@@ -255,14 +254,13 @@ class Graph:
 
     def _claim(self, node: FilterNode, filter: Filter, mode: Mode) -> None:
         """Makes known what a filter does with its child beyond what its users do."""
-        above = mode.child_access()
-        wanted = filter.access(above)
-        if wanted == above:
+        nothing = Access(0, ALL)
+        own = filter.access(nothing)
+        if own == nothing:
             return
         if isinstance(filter.child, StorageNode):
-            filter.child.storage.set_access(wanted)
-        more = Access(wanted.needs & ~above.needs, ALL & ~(above.shares & ~wanted.shares))
-        self.use(node, filter.child, more)
+            filter.child.storage.set_access(filter.access(mode.child_access()))
+        self.use(node, filter.child, own)
 
     def _open_format(
         self,

@@ -170,6 +170,14 @@ class Node(ABC):
     def _write_compressed(self, segments: Segments, turn: Callable[[], None] | None) -> None:
         raise not_supported(COMPRESSION)
 
+    def write_unchanged(self, segments: Segments) -> None:
+        """Writes what reads there already, so that this layer has it itself. It makes nothing dirty."""
+        for offset, buffer in segments:
+            if is_zero(buffer):
+                self._write_zeros(offset, len(buffer), False, False)
+            else:
+                self._writev([(offset, buffer)])
+
     def write_zeros(self, offset: int, length: int, *, unmap: bool = False, fast: bool = False) -> None:
         """Makes the whole range read as zeros. ``unmap`` lets space be given back; ``fast`` raises ENOTSUP
         rather than write zeros out."""
@@ -222,13 +230,10 @@ class Node(ABC):
 
     def _write_detecting(self, segments: Segments) -> None:
         """Writes in which segments of zeros are told as zeros."""
-        import numpy as np
-
         unmap, pending = self.detect_zeroes == "unmap", []
         for segment in segments:
             offset, buffer = segment
-            # The ends first: most data has something there.
-            if buffer[0] or buffer[-1] or np.frombuffer(buffer, np.uint8).any():
+            if not is_zero(buffer):
                 pending.append(segment)
                 continue
             if pending:  # before this one: two writes of a batch to one place must land in their order
@@ -748,6 +753,15 @@ class FilterNode(Node):
     def _copy_from(self, offset: int, source: FilePlace) -> None:
         # A filter sees bytes; what the kernel moves it would not see.
         raise not_supported(f"Filter '{self.driver_name}' cannot copy in the kernel")
+
+
+def is_zero(buffer: memoryview) -> bool:
+    """Whether there is nothing but zeros in it."""
+    if buffer[0] or buffer[-1]:  # the ends first: most data has something there
+        return False
+    import numpy as np
+
+    return not np.frombuffer(buffer, np.uint8).any()
 
 
 def fill_zeros(part: memoryview) -> None:

@@ -339,7 +339,8 @@ class Mix:
             bitmap = found[name]
             assert not bitmap.inconsistent and bitmap.enabled is wanted.enabled, self.told()
             dirty = {bit for bit in range(-(-self.size // wanted.granularity)) if bitmap.get(bit * wanted.granularity)}
-            assert dirty == wanted.dirty if self.exact else dirty >= wanted.dirty, self.told(f"{name}: {dirty ^ wanted.dirty}")
+            right = dirty == wanted.dirty if self.exact else dirty >= wanted.dirty
+            assert right, self.told(f"{name}: {dirty ^ wanted.dirty}")
 
     # -- operations by QEMU ----------------------------------------------------------------------
 
@@ -371,7 +372,8 @@ class Mix:
         assert "failed" not in out.stdout + out.stderr, self.told(out.stdout + out.stderr)
 
     def _qemu_step(self) -> list[str]:
-        kind = self.rng.choices(("write", "zero", "unmap", "discard", "compress"), (5, 2, 2, 2, 0 if self.apart else 2))[0]
+        kinds = ("write", "zero", "unmap", "discard", "compress")
+        kind = self.rng.choices(kinds, (5, 2, 2, 2, 0 if self.apart else 2))[0]
         offset, length = self._range(whole=kind in ("discard", "compress"))
         if kind == "discard":
             if offset + length < self.size:

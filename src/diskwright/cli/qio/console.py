@@ -15,7 +15,7 @@ from diskwright.cli.qio.control import open_named
 from diskwright.cli.qio.language import CommandError, Misuse, Refused, split
 from diskwright.cli.qio.session import Session, explain
 from diskwright.core.secrets import Secrets
-from diskwright.errors import DiskwrightError
+from diskwright.errors import DiskwrightError, FatalError
 
 _MAX_LINE: Final = 1 << 20
 """Longest line taken from standard input, in bytes."""
@@ -50,6 +50,8 @@ def _run(found: arguments.Arguments) -> int:
         raise
     try:
         session.end()
+    except FatalError:
+        raise
     except (DiskwrightError, OSError) as error:
         explain(error)
         good = False
@@ -90,7 +92,7 @@ def execute(session: Session, line: str) -> bool:
         elif problem.message:
             print(problem.message)
         return False
-    except BrokenPipeError:
+    except (BrokenPipeError, FatalError):
         raise
     except (DiskwrightError, OSError, MemoryError) as error:
         explain(error)

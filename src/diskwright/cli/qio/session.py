@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from diskwright.cli.qio.language import CommandError, Refused
 from diskwright.cli.qio.opening import WRITE_THROUGH, Opening, effective_cache, open_disk
-from diskwright.errors import DiskwrightError, errno_of, message_of
+from diskwright.errors import DiskwrightError, FatalError, errno_of, message_of
 
 if TYPE_CHECKING:
     from diskwright.cli.qio.background import Background
@@ -214,7 +214,9 @@ def attempt(what: str, action: Callable[[], None]) -> None:
 
 
 def failure(what: str, error: BaseException) -> CommandError:
-    """``what failed: why``."""
+    """``what failed: why``. Raises FatalError on."""
+    if isinstance(error, FatalError):
+        raise error
     return CommandError(f"{what} failed: {reason(error)}")
 
 

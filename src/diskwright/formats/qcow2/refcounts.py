@@ -352,6 +352,7 @@ class Refcounts:
         """Makes the refcount blocks that count ``count`` clusters from ``first`` on. New blocks lie behind these."""
         bits = self.geometry.block_bits
         after = first + count
+        self.file.announce("refblock_alloc")
         for block in range(first >> bits, ((after - 1) >> bits) + 1):
             if block >= len(self.table) or not self.table[block] & REFTABLE_OFFSET_MASK:
                 after = self._new_block(block, after)
@@ -359,7 +360,6 @@ class Refcounts:
     def _new_block(self, block: int, after: int) -> int:
         """Makes block ``block`` in the first free cluster from ``after`` on; returns the cluster behind it."""
         g = self.geometry
-        self.file.announce("refblock_alloc")
         place, _ = self._find(1, after)
         if self.is_metadata(place, 1):
             raise CorruptImage(self.path, f"refcount of host cluster {place}", 0, None, "metadata lies there")

@@ -358,7 +358,7 @@ class SubclusterWriter(PackingWriter):
             start = end
 
     def _whole_units(self, offset: int, length: int) -> tuple[int, int]:
-        """The guest range of whole subclusters, or clusters, within a range; the disk's last cluster counts as whole."""
+        """The guest range of whole subclusters, or clusters, within a range; the disk's last one counts as whole."""
         bits = self.geometry.unit_bits
         mask = (1 << bits) - 1
         end = offset + length
