@@ -367,7 +367,8 @@ class BlockMap(Format):
                 count = 1  # they do not adjoin in the file
             placed = _Placed(self, first, first + count - 1, place)
             self._end = place + count * self.stride
-            self._lengthen()
+            if offset + length < (first + count) * size:
+                self._lengthen()
             self.table.pin(number)
             placed.zeroed = place >= self._fresh and self.file.zero_init
             placed.describe(size, place, offset, length)
@@ -375,8 +376,9 @@ class BlockMap(Format):
             return placed
 
     def _lengthen(self) -> None:
-        """Makes the file as long as the last block: zeros at its end need not be written, but other programs want all
-        of it to be in the file. Under the lock, and before anybody can write there: nothing is cut off."""
+        """Makes the file as long as the last block, where the write to come does not: zeros at a block's end need not
+        be written, but other programs want all of it to be in the file. Under the lock, and before anybody can write
+        there: nothing is cut off."""
         if self._length < self._end:
             with suppress(OSError):  # storages of a fixed size cannot, and need not
                 self.file.resize(self._end)
