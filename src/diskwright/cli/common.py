@@ -14,6 +14,7 @@ from diskwright.cli.parser import Parser
 from diskwright.errors import DiskwrightError, ImageLocked, OptionError, OutOfRange, message_of
 
 if TYPE_CHECKING:
+    from diskwright.cli.objects import Objects
     from diskwright.core.gate import Gate
     from diskwright.core.graph import Graph
     from diskwright.core.node import Node
@@ -169,16 +170,22 @@ def make_gate(name: str) -> Gate:
 def secrets_of(args: argparse.Namespace) -> Secrets:
     """The secrets the user defined with ``--object``; ``args.object`` holds their texts where a command line is not
     read by ``Parser``. Raises Failure."""
-    objects = getattr(args, "objects", None)
-    if objects is not None:
-        return cast("Secrets", objects.secrets)
-    if not args.object:
+    objects = objects_given(args)
+    if objects is None:
         from diskwright.core.secrets import Secrets
 
         return Secrets()
-    from diskwright.cli.objects import objects_of
+    return objects.secrets
 
-    return objects_of(args.object).secrets
+
+def objects_given(args: argparse.Namespace) -> Objects | None:
+    """What the user defined with ``--object``, as in ``secrets_of``; None: nothing."""
+    objects = getattr(args, "objects", None)
+    if objects is None and args.object:
+        from diskwright.cli.objects import objects_of
+
+        args.objects = objects = objects_of(args.object)
+    return cast("Objects | None", objects)
 
 
 @contextmanager
@@ -186,7 +193,8 @@ def graph_of(args: argparse.Namespace) -> Iterator[Graph]:
     """A graph with the user's gate, closed at the end."""
     from diskwright.core.graph import Graph
 
-    graph = Graph(make_gate(args.gate), secrets_of(args))
+    objects = objects_given(args)
+    graph = Graph(make_gate(args.gate), secrets_of(args), objects.groups if objects is not None else None)
     try:
         yield graph
     except BaseException:

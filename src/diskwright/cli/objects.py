@@ -11,10 +11,19 @@ from diskwright.core.secrets import Secrets
 from diskwright.errors import DiskwrightError, OptionError
 
 if TYPE_CHECKING:
+    from diskwright.core.throttle import ThrottleGroup
     from diskwright.core.tls.authz import Allows
     from diskwright.core.tls.credentials import Credentials
 
-KINDS: Final = ("authz-list", "authz-list-file", "authz-simple", "secret", "tls-creds-psk", "tls-creds-x509")
+KINDS: Final = (
+    "authz-list",
+    "authz-list-file",
+    "authz-simple",
+    "secret",
+    "throttle-group",
+    "tls-creds-psk",
+    "tls-creds-x509",
+)
 
 
 class Objects:
@@ -22,6 +31,8 @@ class Objects:
 
     def __init__(self) -> None:
         self.secrets = Secrets()
+        self.groups: dict[str, object] = {}
+        """What options of nodes refer to: throttle groups."""
         self._credentials: dict[str, Credentials] = {}
         self._authz: dict[str, Allows] = {}
         self._ids: set[str] = set()
@@ -43,6 +54,8 @@ class Objects:
             raise OptionError(f"attempt to add duplicate property '{id}' to object (type 'container')")
         if kind == "secret":
             self.secrets.add_object(options)
+        elif kind == "throttle-group":
+            self.groups[id] = _throttle_group(id, options)
         elif kind.startswith("tls-creds-"):
             from diskwright.core.tls import credentials
 
@@ -68,6 +81,20 @@ class Objects:
         if id not in self._authz:
             raise Failure(f"No authorization object with id '{id}'")
         return self._authz[id]
+
+
+def _throttle_group(id: str, options: Mapping[str, str]) -> ThrottleGroup:
+    """Limits are given as ``limits.NAME``, or each as a property of its own, ``x-NAME``."""
+    from diskwright.core.throttle import Limits, ThrottleGroup, limits_of
+
+    limits = Limits()
+    for prefix in ("limits.", "x-"):
+        given = {key: value for key, value in options.items() if key.startswith(prefix)}
+        limits = limits_of(given, prefix=prefix, before=limits)
+    for key in options:
+        if key != "id" and not key.startswith(("limits.", "x-")):
+            raise OptionError(f"Parameter '{key}' is unexpected")
+    return ThrottleGroup(id, limits)
 
 
 def objects_of(texts: Sequence[str]) -> Objects:

@@ -117,6 +117,7 @@ class Disk(io.RawIOBase):
         """Holds new requests at the gate."""
         with self._gate:
             self._drains += 1
+        self._graph.draining.begin()
 
     def await_drained(self) -> None:
         """Waits until those inside have left; call after ``start_drain``."""
@@ -125,6 +126,7 @@ class Disk(io.RawIOBase):
                 self._gate.wait()
 
     def end_drain(self) -> None:
+        self._graph.draining.end()
         with self._gate:
             self._drains -= 1
             if not self._drains:

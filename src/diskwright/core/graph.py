@@ -553,8 +553,6 @@ class Graph:
         """Inside, no disk of the graph has a request in flight. Holds new ones first, all of them, so that
         waiting for one disk's requests does not leave room for another's."""
         with ExitStack() as stack:
-            self.draining.begin()
-            stack.callback(self.draining.end)
             with self._lock:
                 disks = list(self._disks)
             for disk in disks:

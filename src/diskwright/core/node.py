@@ -782,6 +782,14 @@ def below_filters(node: Node) -> Node:
     return node
 
 
+def looked_through(node: Node, offset: int, length: int) -> Node:
+    """``below_filters``, for asking of the map of a range, which the filters are told."""
+    while isinstance(node, FilterNode):
+        node.filter.look_up(offset, length)
+        node = node.child
+    return node
+
+
 def format_of(node: Node) -> Format:
     """The Format of ``node`` below any filters. Raises GraphError for a storage."""
     node = below_filters(node)

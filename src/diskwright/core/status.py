@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from diskwright.core.node import FormatNode, Node, StorageNode, below_filters
+from diskwright.core.node import FormatNode, Node, StorageNode, below_filters, looked_through
 from diskwright.errors import DiskwrightError
 from diskwright.extents import DATA, SPECIAL, UNALLOCATED, ZERO, Extents
 from diskwright.units import MiB
@@ -167,7 +167,7 @@ def status(node: Node, offset: int, length: int, *, base: Node | None = None) ->
 
 def spans(node: Node, offset: int, length: int, *, base: Node | None = None) -> Spans:
     """The same in columns, not merged, and with what lies beyond the end of a short backing image told apart."""
-    return _spans(below_filters(node), offset, length, 0, base and below_filters(base))
+    return _spans(looked_through(node, offset, length), offset, length, 0, base and below_filters(base))
 
 
 def _spans(node: Node, offset: int, length: int, depth: int, base: Node | None) -> Spans:
@@ -266,9 +266,9 @@ def _file_of(node: FormatNode, depth: int, own: Spans, straight: NDArray[np.bool
     import numpy as np
 
     linear = node.format.linear or 0
-    file = below_filters(node.format.children[0])
     parts: list[Spans] = []
     for offset, length in zip(own.offset[straight].tolist(), own.length[straight].tolist(), strict=True):
+        file = looked_through(node.format.children[0], offset + linear, length)
         if not isinstance(file, StorageNode):
             found = spans(file, offset + linear, length)
         else:

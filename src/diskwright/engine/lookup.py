@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from diskwright.core.node import FormatNode, Node, StorageNode, below_filters
+from diskwright.core.node import FormatNode, Node, StorageNode, below_filters, looked_through
 from diskwright.extents import DATA, SPECIAL, UNALLOCATED, ZERO
 
 ABSENT: Final = UNALLOCATED
@@ -26,7 +26,7 @@ def lookup(node: Node, offset: int, length: int, base: Node | None = None) -> li
     what nobody has. Without, it reads as zeros.
     """
     runs: list[Run] = []
-    _walk(below_filters(node), offset, length, 0, base and below_filters(base), base is not None, runs)
+    _walk(looked_through(node, offset, length), offset, length, 0, base and below_filters(base), base is not None, runs)
     return runs
 
 
@@ -37,7 +37,8 @@ def _walk(node: Node, offset: int, length: int, shift: int, base: Node | None, a
         assert isinstance(node, FormatNode)
         move = node.format.linear or 0
         # What a straight-line format holds is what its file holds; a file has no backing node.
-        return _walk(below_filters(node.format.children[0]), offset + move, length, shift - move, None, False, runs)
+        file = looked_through(node.format.children[0], offset + move, length)
+        return _walk(file, offset + move, length, shift - move, None, False, runs)
     end = offset + length
     storage = isinstance(node, StorageNode)
     while offset < end:

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from diskwright.cli.common import Failure, secrets_of
+from diskwright.cli.common import Failure
 from diskwright.cli.faces import program
+from diskwright.cli.objects import Objects, objects_of
 from diskwright.cli.qio import arguments, table
 from diskwright.cli.qio.control import open_named
 from diskwright.cli.qio.language import CommandError, Misuse, Refused, split
 from diskwright.cli.qio.session import Session, explain
-from diskwright.core.secrets import Secrets
 from diskwright.errors import DiskwrightError, FatalError
 
 _MAX_LINE: Final = 1 << 20
@@ -34,7 +34,8 @@ def run(words: Sequence[str]) -> int:
 
 
 def _run(found: arguments.Arguments) -> int:
-    session = Session(_secrets(found), image_opts=found.image_opts)
+    objects = _objects(found)
+    session = Session(objects.secrets, image_opts=found.image_opts, groups=objects.groups)
     session.how = found.opening
     try:
         if found.image is not None:
@@ -66,12 +67,8 @@ def _abandon(session: Session) -> None:
         pass
 
 
-def _secrets(found: arguments.Arguments) -> Secrets:
-    if not found.objects:
-        return Secrets()
-    import argparse
-
-    return secrets_of(argparse.Namespace(object=found.objects))
+def _objects(found: arguments.Arguments) -> Objects:
+    return objects_of(found.objects)
 
 
 def execute(session: Session, line: str) -> bool:

@@ -95,12 +95,12 @@ def pairs(text: str) -> dict[str, str]:
         raise Refused(str(error)) from None
 
 
-def open_disk(name: str | None, how: Opening, secrets: Secrets) -> Disk:
+def open_disk(name: str | None, how: Opening, secrets: Secrets, groups: Mapping[str, object] | None = None) -> Disk:
     """Opens an image as ``how`` says. Raises Refused."""
     from diskwright.core.gate import OpenGate
     from diskwright.core.graph import Graph
 
-    graph = Graph(OpenGate(), secrets)
+    graph = Graph(OpenGate(), secrets, groups)
     try:
         node = _open_node(graph, name, how)
         guessed = _was_guessed_raw(name, node, how)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from diskwright.cli.qio.language import CommandError, Refused
@@ -30,8 +30,11 @@ _SECTOR: Final = 512
 class Session:
     """One run of the program."""
 
-    def __init__(self, secrets: Secrets, *, image_opts: bool = False) -> None:
-        self.secrets, self.image_opts = secrets, image_opts
+    def __init__(
+        self, secrets: Secrets, *, image_opts: bool = False, groups: Mapping[str, object] | None = None
+    ) -> None:
+        """``groups``: throttle groups that options of images may name."""
+        self.secrets, self.image_opts, self.groups = secrets, image_opts, groups
         self.disk: Disk | None = None
         self.name: str | None = None
         self.how = Opening()
@@ -49,7 +52,7 @@ class Session:
         """Raises Refused."""
         if self.disk is not None:
             raise Refused("file open already, try 'help close'")
-        self.disk = open_disk(name, how, self.secrets)
+        self.disk = open_disk(name, how, self.secrets, self.groups)
         self.name, self.how = name, how
         self.writes_through = effective_cache(how) in WRITE_THROUGH
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def new_graph(settings: Settings) -> Graph:
-    return Graph(make_gate(settings.gate), settings.objects.secrets)
+    return Graph(make_gate(settings.gate), settings.objects.secrets, settings.objects.groups)
 
 
 def open_root(graph: Graph, settings: Settings) -> Node:
