@@ -184,6 +184,8 @@ class CipheredNode(FormatNode):
     # -- zeros and discards ----------------------------------------------------------------------
 
     def _write_zeros(self, offset: int, length: int, unmap: bool, fast: bool) -> None:
+        if self.format.zeroes_by_discard and self.backing is None:
+            self._discard(offset, length)
         end = offset + length
         while offset < end:
             with self._ranges.held(offset, end, alone=False):

@@ -367,6 +367,9 @@ class Format(ABC):
     linear: int | None = None
     """When guest byte ``x`` always lies at ``linear + x`` of child 0, that distance: the node then asks
     no further. None for every other map."""
+    zeroes_by_discard: bool = False
+    """Whether the map cannot call a cluster zeros, but ``discard`` makes whole clusters zeros as long as there is no
+    backing node."""
     cipher: Cipher | None = None
     """What the bytes of DATA runs are encrypted with; the node does that. Set once, in ``open``; an encrypted
     image opened without ``OpenContext.guest_data`` has ``ciphered.Locked``."""

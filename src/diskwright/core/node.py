@@ -638,6 +638,8 @@ class FormatNode(Node):
         if self.format.linear is not None:
             place = offset + self.format.linear
             return self.format.children[0].write_zeros(place, length, unmap=unmap, fast=fast)
+        if self.format.zeroes_by_discard and self.backing is None:
+            self.format.discard(offset, length)  # what is left are parts of clusters
         end = offset + length
         while offset < end:
             start, covered = self.format.zero(offset, end - offset, unmap=unmap)

@@ -91,6 +91,7 @@ class Qcow2(Format, Snapshots):
         self.header = header
         self.size, self.backing = header.size, header.backing
         self.cluster_size = 1 << header.cluster_bits
+        self.zeroes_by_discard = header.version < 3
         check_options(options, self.cluster_size)
         if options.repair:
             return  # nothing is looked up: tables may be damaged, and are looked at by check alone

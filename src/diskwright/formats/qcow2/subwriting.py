@@ -476,11 +476,9 @@ def _discarded(state: _State, parts: int) -> tuple[bool, int, int]:
 
 
 def _discarded_over(state: _State, parts: int) -> tuple[bool, int, int]:
-    """Over a backing file what was not stored becomes zeros too."""
+    """Over a backing file what was not stored becomes zeros too, by whole clusters."""
     keeps, alloc, zero = _discarded(state, parts)
-    if state.entry & COMPRESSED:
-        return keeps, alloc, zero
-    return keeps, alloc, zero | parts
+    return keeps, alloc, ALL_SUBCLUSTERS if parts == ALL_SUBCLUSTERS else zero
 
 
 def _gone(state: _State, parts: int) -> tuple[bool, int, int]:
