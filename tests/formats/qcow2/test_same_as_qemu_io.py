@@ -1,4 +1,4 @@
-"""Writes, zeros and discards of whole clusters leave the same map as those of qemu-io; of any ranges, the same bytes."""
+"""Writes, zeros and discards of whole clusters leave the map that those of qemu-io do; of any ranges, the same bytes."""
 
 from __future__ import annotations
 
