@@ -1,4 +1,4 @@
-"""Writes, zeros and discards of whole clusters leave the map that those of qemu-io do; of any ranges, the same bytes."""
+"""Writes, zeros and discards of whole clusters leave the map that qemu-io leaves; of any ranges, the same bytes."""
 
 from __future__ import annotations
 
