@@ -186,7 +186,7 @@ def test_the_source_must_not_be_in_use(tmp_path: Path) -> None:
             check=False,
             timeout=60,
         )
-    assert done.returncode == 1 and "lock" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 1 and "lock" in done.stderr and done.stderr.count("\n") == 2
     assert not (tmp_path / "target").exists()
 
 
