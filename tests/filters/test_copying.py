@@ -108,7 +108,7 @@ def test_a_bottom_that_is_not_there(chain: list[Path]) -> None:
 def test_a_read_only_image(chain: list[Path]) -> None:
     graph = Graph(OpenGate())
     with pytest.raises(ImageError, match="Block node is read-only"):
-        graph.open({"driver": "copy-on-read", "file.filename": str(chain[2])})
+        graph.open({"driver": "copy-on-read", "file.driver": "qcow2", "file.file.filename": str(chain[2])})
     graph.close()
 
 
@@ -187,7 +187,7 @@ def test_it_is_taken_out_under_load(chain: list[Path]) -> None:
 def test_everything_is_written_compressed(tmp_path: Path) -> None:
     path = tmp_path / "image"
     qemu_img("create", "-q", "-f", "qcow2", str(path), "1000k")
-    graph, node = opened({"driver": "compress", "file.filename": str(path)})
+    graph, node = opened({"driver": "compress", "file": {"driver": "qcow2", "file.filename": str(path)}})
     content = bytearray(1000 * KiB)
     for offset, length, byte in (
         (1000, 100_000, 1),
@@ -212,7 +212,7 @@ def test_everything_is_written_compressed(tmp_path: Path) -> None:
 def test_threads_in_one_cluster(tmp_path: Path) -> None:
     path = tmp_path / "image"
     qemu_img("create", "-q", "-f", "qcow2", str(path), "1M")
-    graph, node = opened({"driver": "compress", "file.filename": str(path)})
+    graph, node = opened({"driver": "compress", "file": {"driver": "qcow2", "file.filename": str(path)}})
     threads = [
         threading.Thread(target=lambda i=i: [node.pwrite(n * 4096 + i * 512, bytes([i + 1]) * 512) for n in range(20)])  # type: ignore[misc]
         for i in range(8)
