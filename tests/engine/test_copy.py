@@ -429,9 +429,7 @@ def test_plans_cover_what_must_be_copied_once(draw: st.DataObject) -> None:
         base = node.backing = table(draw, draw.draw(st.integers(1, 30)), "base")
     zeros, chunk = draw.draw(st.booleans()), draw.draw(st.sampled_from([B, 4 * B]))
     unit = draw.draw(st.sampled_from([1, 2 * B, 8 * B]))
-    plan = list(
-        data_plan(node, Graph().leases, node.size, zeros=zeros, chunk=chunk, base=base, unit=unit)
-    )
+    plan = list(data_plan(node, Graph().leases, node.size, zeros=zeros, chunk=chunk, base=base, unit=unit))
     assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(plan))
     covered = {at for offset, length in plan for at in range(offset, offset + length, B)}
     for offset in range(0, node.size, B):

@@ -259,7 +259,7 @@ def test_by_name_it_is_bytes_in_which_a_format_is_looked_for(tmp_path: Path, ima
     assert tree(f"blkdebug:{config}:{image}") == ["qcow2", "blkdebug", "file"]
     assert tree(f"blkdebug::blkdebug::{image}") == ["qcow2", "blkdebug", "blkdebug", "file"]
     assert tree(f"blkdebug::{image}", driver="raw") == ["raw", "blkdebug", "file"]
-    assert tree(f"blkdebug::{image}", driver="blkdebug") == ["blkdebug", "qcow2", "file"]
+    assert tree(f"blkdebug::{image}", driver="blkdebug") == ["blkdebug", "file"]
     assert tree({"driver": "qcow2", "file.driver": "blkdebug", "file.image.filename": str(image)}) == [
         "qcow2", "blkdebug", "file",
     ]  # fmt: skip
@@ -268,9 +268,11 @@ def test_by_name_it_is_bytes_in_which_a_format_is_looked_for(tmp_path: Path, ima
     ]  # fmt: skip
 
 
-def test_as_the_root_its_image_may_have_a_format(image: Path) -> None:
-    assert tree({"driver": "blkdebug", "image.filename": str(image)}) == ["blkdebug", "qcow2", "file"]
-    assert tree({"driver": "blkdebug", "filename": str(image)}) == ["blkdebug", "qcow2", "file"]
+def test_as_the_root_its_image_is_bytes_unless_a_format_is_named(image: Path) -> None:
+    assert tree({"driver": "blkdebug", "image.filename": str(image)}) == ["blkdebug", "file"]
+    assert tree({"driver": "blkdebug", "filename": str(image)}) == ["blkdebug", "file"]
+    named = {"driver": "blkdebug", "image.driver": "qcow2", "image.file.filename": str(image)}
+    assert tree(named) == ["blkdebug", "qcow2", "file"]
 
 
 def test_a_child_by_node_name(image: Path) -> None:

@@ -1,6 +1,6 @@
 """fio with its NBD engine: writes and verifies through several connections at once.
 
-    python -m tests.peers.fio URI [--connections 4] [--size 16M]
+python -m tests.peers.fio URI [--connections 4] [--size 16M]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """libnbd, through the Python binding that the distribution's own interpreter has: an NBD client that is not ours.
 
-    python -m tests.peers.libnbd URI 'print(h.get_size())'
+python -m tests.peers.libnbd URI 'print(h.get_size())'
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """qemu-img: makes images, and judges those that we made.
 
-    python -m tests.peers.qemu_img ARGUMENT...
+python -m tests.peers.qemu_img ARGUMENT...
 """
 
 from __future__ import annotations

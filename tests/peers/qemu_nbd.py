@@ -1,6 +1,6 @@
 """qemu-nbd: serves an image on a unix socket.
 
-    python -m tests.peers.qemu_nbd IMAGE [--format qcow2]
+python -m tests.peers.qemu_nbd IMAGE [--format qcow2]
 """
 
 from __future__ import annotations

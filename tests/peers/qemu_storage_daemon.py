@@ -1,6 +1,6 @@
 """qemu-storage-daemon, spoken to over QMP: the peer of our own daemon.
 
-    python -m tests.peers.qemu_storage_daemon [ARGUMENT...]      prints its QMP socket; see tests.peers.qmp
+python -m tests.peers.qemu_storage_daemon [ARGUMENT...]      prints its QMP socket; see tests.peers.qmp
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A small QMP client: one command at a time, events kept until somebody asks for them. For QEMU's daemon and for ours.
 
-    python -m tests.peers.qmp SOCKET COMMAND [JSON-ARGUMENTS]
+python -m tests.peers.qmp SOCKET COMMAND [JSON-ARGUMENTS]
 """
 
 from __future__ import annotations

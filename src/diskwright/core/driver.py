@@ -544,9 +544,8 @@ class Role:
 
     name: str
     optional: bool = False
-    image: bool | None = None
-    """Whether the format of a child given by its file name is guessed. None: only where no format lies above the
-    filter, as what a format lies in is bytes."""
+    image: bool = False
+    """Whether the format of a child given by its file name is guessed. Usually it is bytes: formats lie on filters."""
 
 
 class Filter(ABC):

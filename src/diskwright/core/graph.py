@@ -6,7 +6,7 @@ of a node that is open already, or ``file.filename``-style dotted keys.
 
 A file name is short for options: its prefix, or else the kind of file it is, says which storage or filter it belongs
 to, and that driver says the rest. Without ``driver`` the format of what a name stands for is probed, except where
-bytes are wanted: a format lies in bytes.
+bytes are wanted: formats and filters lie over bytes.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Mode:
     writable_backing: int = 0
     """How far down the backing chain lies an image that is to be written to as well; 0: none."""
     bytes: bool = False
-    """Whether a format lies in this node: then nobody guesses what format it has itself."""
+    """Whether a format or a filter lies over this node: then nobody guesses what format it has itself."""
     depth: int = 0
     """How many children within children this is."""
 
@@ -224,8 +224,7 @@ class Graph:
             options = {**cls.parse_filename(_taken_name(options)), **options}
         children: dict[str, Node] = {}
         for role in cls.roles:
-            below = mode if role.image is None else replace(mode, bytes=not role.image)
-            child = self._open_child(role.name, options, below, made, above)
+            child = self._open_child(role.name, options, replace(mode, bytes=not role.image), made, above)
             if child is not None:
                 children[role.name] = child
             elif not role.optional:

@@ -55,7 +55,7 @@ class BlkLogWrites(Filter):
 
     name = "blklogwrites"
     options: ClassVar[type] = BlkLogWritesOptions
-    roles = (Role("file"), Role("log", image=False))
+    roles = (Role("file"), Role("log"))
 
     def __init__(self, child: Node, log: Node, options: BlkLogWritesOptions) -> None:
         """Raises CorruptImage for a log that cannot be gone on with."""

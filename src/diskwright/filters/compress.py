@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from diskwright.core.driver import Filter, OpenContext, Segments
+from diskwright.core.driver import Filter, OpenContext, Segments, not_supported
 from diskwright.core.node import Node
 from diskwright.core.ranges import Ranges
 from diskwright.errors import OptionError
@@ -52,9 +52,20 @@ class Compress(Filter):
         self.child.write_compressed([(start, whole)])
 
     def write_zeros(self, offset: int, length: int, *, unmap: bool, fast: bool) -> None:
-        unit = self.child.cluster_size
-        with self._ranges.alone(align_down(offset, unit), align_up(offset + length, unit)):
-            self.child.write_zeros(offset, length, unmap=unmap, fast=fast)
+        unit, end = self.child.cluster_size, offset + length
+        whole = align_down(end, unit) if end < self.child.size else end
+        first, last = align_up(offset, unit), whole
+        if first >= last:
+            first = last = end
+        if fast and (first > offset or last < end):
+            raise not_supported("Fast zeroing of part of a compressed cluster")
+        # Parts of clusters are written, as the child would write them uncompressed.
+        for start, stop in ((offset, first), (last, end)):
+            if start < stop:
+                self.writev([(start, memoryview(bytes(stop - start)))])
+        if first < last:
+            with self._ranges.alone(first, align_up(last, unit)):
+                self.child.write_zeros(first, last - first, unmap=unmap, fast=fast)
 
     def discard(self, offset: int, length: int) -> None:
         unit = self.child.cluster_size

@@ -47,9 +47,7 @@ class CpioWriter:
     def _parent(self, path: str) -> None:
         self.directory(path.strip("/").rpartition("/")[0])
 
-    def _entry(
-        self, path: str, mode: int, data: bytes, *, links: int = 1, device: tuple[int, int] = (0, 0)
-    ) -> None:
+    def _entry(self, path: str, mode: int, data: bytes, *, links: int = 1, device: tuple[int, int] = (0, 0)) -> None:
         name = path.strip("/").encode() + b"\0"
         self._inode += 1
         # inode, mode, uid, gid, nlink, mtime, filesize, devmajor, devminor, rdevmajor, rdevminor, namesize, check
