@@ -147,8 +147,10 @@ def info(session: Session, words: list[str]) -> None:
                 state_at = node.format.vm_state_range()[0]
             except OSError:
                 pass  # there is none
+    # Filters that were put there without being asked for by name are not spoken of.
     name = session.node.driver_name
-    print(f"format name: {node.driver_name if name == _GUARD else name}")
+    hidden = name == _GUARD or session.how.copy_on_read
+    print(f"format name: {node.driver_name if hidden else name}")
     print(f"cluster size: {amount(facts.cluster_size or 0)}")
     print(f"vm state offset: {amount(state_at)}")
     if facts.specific is not None:
