@@ -50,17 +50,18 @@ def open(
     cache: str | None = None,
     snapshot: str | None = None,
     secrets: SecretValues | None = None,
+    objects: Mapping[str, object] | None = None,
 ) -> Disk:
     """Opens an image as a ``Disk``; closing the disk closes everything that was opened for it.
 
     ``secrets`` holds what options name by an id: ``open({"filename": "a.luks", "key-secret": "sec0"},
-    secrets={"sec0": b"passphrase"})``.
+    secrets={"sec0": b"passphrase"})``. ``objects`` does so for throttle groups (``core.throttle``).
 
     ``format`` None means probe: for a raw disk that somebody else may write to, state it. ``cache`` is none,
     writeback, writethrough, directsync or unsafe. ``snapshot`` opens the internal snapshot with this id, or else this
     name, read-only. Raises ImageError, OptionError or OSError.
     """
-    graph = Graph(gate, Secrets(secrets))
+    graph = Graph(gate, Secrets(secrets), objects)
     try:
         spec = _spec(image) if snapshot is None else _with_snapshot(_spec(image), snapshot)
         node = graph.open(spec, driver=format, writable=writable, force_share=force_share, cache=cache)

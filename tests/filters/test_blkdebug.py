@@ -164,11 +164,11 @@ def test_a_configuration(tmp_path: Path) -> None:
         ('[set-state]\nevent = "none"\nerrno = "1"\n', 3, "errno"),
         ("[explode]\n", 1, "explode"),
         ('event = "none"\n', 1, "group"),
-        ("\n\nrubbish\n", 3, "rubbish"),
-        ('[inject-error\nevent = "none"\n', 1, "inject-error"),
-        ("[inject-error]\nevent = none\n", 2, "event"),
-        ('[inject-error]\nevent = "none\n', 2, "event"),
-        ("[inject-error]\n\x00\xff\x1b[31m\n", 2, "?"),
+        ("\n\nrubbish\n", 3, "neither"),
+        ('[inject-error\nevent = "none"\n', 1, "neither"),
+        ("[inject-error]\nevent = none\n", 2, "neither"),
+        ('[inject-error]\nevent = "none\n', 2, "neither"),
+        ("[inject-error]\n\x00\xff\x1b[31m\n", 2, "neither"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_line(tmp_path: Path, text: str, line: int, what: str) -> None:

@@ -70,7 +70,8 @@ def _groups(path: str, text: str) -> list[_Group]:
             groups[-1].values[name] = found[2]  # the last of several counts
             groups[-1].lines[name] = number
         else:
-            raise _wrong(path, number, f"neither [group] nor name = \"value\": '{_shown(line)}'")
+            # The line itself is not shown: by mistake, or by an image's choice, this may be any file.
+            raise _wrong(path, number, 'this is neither [group] nor name = "value"')
     return groups
 
 
