@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from diskwright.core import registry
-from diskwright.errors import OptionError
 from tests.cli import io_commands
 from tests.cli.run import Result, diskwright, environment, make, needs_qemu, needs_same_texts
 
@@ -110,25 +108,12 @@ def same_contents(theirs: Path, ours: Path, format: str, *, strictly: bool = Tru
         make(ours, "qemu-img check -q -f qcow2 image", f"qemu-img compare -q {flags} {theirs}/image image")
 
 
-def copies_on_read() -> bool:
-    """Whether there is a filter for that."""
-    try:
-        registry.find("copy-on-read")
-    except OptionError:
-        return False
-    return True
-
-
 CASES = [pytest.param(image, image, line, id=f"{image}: {line}") for image, line in io_commands.cases()]
 
 
 @pytest.mark.parametrize(("places", "image", "line"), CASES, indirect=["places"])
 def test_commands(places: tuple[Path, Path], image: str, line: str) -> None:
     theirs, ours = places
-    if line.startswith("%-C@") and not copies_on_read():
-        done = in_process(words_of(image, line), ours)
-        assert (done.code, done.out) == (1, "") and "copy-on-read" in done.err
-        return
     words = words_of(image, line)
     assert in_process(words, ours) == qemu_io(words, theirs)
     if any(word in line for word in CHANGING):

@@ -154,10 +154,7 @@ def _open_node(graph: Graph, name: str | None, how: Opening) -> Node:
 
 def _copying_on_read(graph: Graph, node: Node) -> Node:
     """The filter that keeps what is read from a backing file, over ``node``, whose hold passes to it."""
-    try:
-        above = graph.open({"driver": "copy-on-read", "file": node.name}, writable=True)
-    except OptionError as error:
-        raise OptionError(f"-C needs the filter 'copy-on-read': {error}") from error
+    above = graph.open({"driver": "copy-on-read", "file": node.name}, writable=True)
     graph.release(node)
     return above
 
