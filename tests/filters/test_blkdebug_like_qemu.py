@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from diskwright.filters.blkdebug.rules import EVENTS
+from tests.cli.run import diskwright
 from tests.filters.scripts import SCRIPTS, ours, prepare, theirs
 from tests.peers.qemu_img import qemu_img
 
@@ -52,3 +55,27 @@ def test_an_error_at_each_event_fails_the_same_step(tmp_path: Path, name: str) -
             differences.append((event, *found))
     assert not differences, "(event, step that fails here, step that fails in QEMU)"
     assert len(reached) >= 16 and not reached & NEVER_HERE
+
+
+BREAKS = (
+    "break write_aio A", "aio_write -P 5 0 64k", "wait_break A", "resume A", "aio_flush", "read -P 5 0 64k",
+    "break read_aio B", "remove_break B", "read 0 4k", "resume B", "break rubbish C", "remove_break C",
+    "break cluster_alloc D", "aio_write 1M 64k", "wait_break D", "remove_break D", "aio_flush",
+)  # fmt: skip
+
+
+def test_breakpoints_are_spoken_of_alike(tmp_path: Path) -> None:
+    words = [word for command in BREAKS for word in ("-c", command)]
+    told = []
+    for name in ("ours", "theirs"):
+        (tmp_path / name).mkdir()
+        qemu_img("create", "-q", "-f", "qcow2", str(tmp_path / name / "image"), "4M")
+        line = [*words, "blkdebug::image"]
+        if name == "ours":
+            run = diskwright("io", *line, cwd=tmp_path / name)
+            code, out = run.code, run.out
+        else:
+            done = subprocess.run(["qemu-io", *line], cwd=tmp_path / name, capture_output=True, text=True, check=False)
+            code, out = done.returncode, done.stdout
+        told.append((code, re.sub(r"; .* sec \(.*\)", "", out)))
+    assert told[0] == told[1] and "Suspended request 'D'" in told[0][1]

@@ -14,6 +14,7 @@ import pytest
 from diskwright.core.gate import OpenGate
 from diskwright.core.graph import Graph
 from diskwright.core.node import FormatNode, Node
+from diskwright.core.snapshots import read_vm_state, write_vm_state
 from diskwright.errors import DiskwrightError
 from diskwright.filters.blkdebug.driver import Blkdebug
 from diskwright.units import KiB, MiB
@@ -87,6 +88,38 @@ def _writing(guest: Guest) -> list[Callable[[], None]]:
     ]
 
 
+def _reading(guest: Guest) -> list[Callable[[], None]]:
+    return [
+        *_writing(guest),
+        lambda: guest.write(5 * MiB + 700, b"h" * (2 * MiB)),
+        guest.flush,
+        *(lambda at=at: guest.node.pread(at, 100) for at in (0, MiB, 3 * MiB, 7 * MiB)),  # type: ignore[misc]
+    ]
+
+
+def _emptying(guest: Guest) -> list[Callable[[], None]]:
+    return [
+        *_writing(guest)[:6],
+        lambda: guest.discard(0, SIZE),
+        guest.node.format.make_empty,
+        lambda: guest.write(UNIT, b"b" * UNIT),
+        guest.flush,
+    ]
+
+
+def _keeping_a_machine(guest: Guest) -> list[Callable[[], None]]:
+    state = memoryview(b"state" * 10_000)
+    return [
+        lambda: guest.write(0, b"a" * UNIT),
+        guest.flush,
+        lambda: write_vm_state(guest.node, 0, state),
+        guest.flush,
+        lambda: read_vm_state(guest.node, 100, memoryview(bytearray(1000))),
+        lambda: guest.write(UNIT, b"b" * UNIT),
+        guest.flush,
+    ]
+
+
 def _sizing(guest: Guest) -> list[Callable[[], None]]:
     return [
         lambda: guest.write(0, b"a" * UNIT),
@@ -116,8 +149,10 @@ def _snapshotting(guest: Guest) -> list[Callable[[], None]]:
 
 WORK = {
     "writing": (_writing, ("-o", "cluster_size=64k")),
-    "small clusters": (_writing, ("-o", "cluster_size=512,refcount_bits=64")),
-    "subclusters": (_writing, ("-o", "extended_l2=on")),
+    "small clusters": (_reading, ("-o", "cluster_size=512,refcount_bits=64")),
+    "emptied": (_emptying, ("-o", "cluster_size=4k")),
+    "a machine's state": (_keeping_a_machine, ("-o", "cluster_size=4k")),
+    "subclusters": (_reading, ("-o", "extended_l2=on")),
     "sizes": (_sizing, ("-o", "cluster_size=4k")),
     "after a snapshot": (_snapshotting, ("-o", "cluster_size=4k")),
 }

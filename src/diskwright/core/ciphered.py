@@ -9,6 +9,7 @@ Special (compressed) runs are not encrypted; that is so in every format that has
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Protocol
 
 from diskwright.core.compression import read_stored
 from diskwright.core.driver import FilePlace, Format, Reservation, Segment, Segments, not_supported
-from diskwright.core.node import FormatNode, fill_zeros
+from diskwright.core.node import FormatNode, Node, fill_zeros
 from diskwright.errors import ImageError
 from diskwright.extents import DATA, SPECIAL, UNALLOCATED, Extent
 from diskwright.units import align_up
@@ -70,6 +71,8 @@ class CipheredNode(FormatNode):
     # -- reading ---------------------------------------------------------------------------------
 
     def readv(self, segments: Segments, *, nowait: bool = False) -> None:
+        if self._announce is not None and nowait:
+            raise BlockingIOError(errno.EAGAIN, "Events may keep a request waiting")
         extent_at = self.format.extent_at
         others: dict[int, list[Segment]] = {}  # by child, with their ciphertext; -1 is the backing node
         sealed: list[_Sealed] = []
@@ -90,6 +93,8 @@ class CipheredNode(FormatNode):
                     fill_zeros(part)
                 done += run.length
         for child, wanted in others.items():
+            if self._announce is not None:
+                self._announce("read_aio" if child >= 0 else "read_backing_aio")
             if wanted:
                 self._child(child).readv(wanted, nowait=nowait)
         if special:
@@ -146,7 +151,7 @@ class CipheredNode(FormatNode):
             place = form.in_place(offset, len(buffer))
             if place < 0:
                 if direct:
-                    target.writev(direct)
+                    self._write_direct(target, direct)
                     direct = []
                 self._write_new(offset, buffer)
                 continue
@@ -154,7 +159,12 @@ class CipheredNode(FormatNode):
             cipher.encrypt(buffer, scratch, place if self._by_place else offset)
             direct.append((place, scratch))
         if direct:
-            target.writev(direct)
+            self._write_direct(target, direct)
+
+    def _write_direct(self, target: Node, segments: list[Segment]) -> None:
+        if self._announce is not None:
+            self._announce("write_aio")
+        target.writev(segments)
 
     def _move(self, reservation: Reservation, buffer: memoryview, done: int) -> int:
         writes: dict[int, list[Segment]] = {}
@@ -168,6 +178,7 @@ class CipheredNode(FormatNode):
             if not self._reads_zero(fill.offset, readable):
                 self.readv([(fill.offset, old[:readable])])
             writes.setdefault(fill.child, []).append(self._encrypted(fill, old))
+        self._announce_write(reservation)
         for child, segments in writes.items():
             segments.sort(key=lambda segment: segment[0])
             self.format.children[child].writev(segments)

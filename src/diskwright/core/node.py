@@ -568,14 +568,17 @@ class FormatNode(Node):
             writes.setdefault(run.child, []).append((run.file_offset, buffer[done : done + run.length]))
             done += run.length
         self._collect_fills(reservation, writes)
-        if self._announce is not None:
-            self._announce("write_aio")
-            if reservation.fills:
-                self._announce("cow_write")
+        self._announce_write(reservation)
         for child, segments in writes.items():
             segments.sort(key=_by_offset)  # head, data and tail adjoin: the storage makes one write of them
             self.format.children[child].writev(segments)
         return done
+
+    def _announce_write(self, reservation: Reservation) -> None:
+        if self._announce is not None:
+            self._announce("write_aio")
+            if reservation.fills:
+                self._announce("cow_write")
 
     def _collect_fills(self, reservation: Reservation, writes: dict[int, list[Segment]]) -> None:
         for fill in reservation.fills:

@@ -51,8 +51,10 @@ def set_breakpoint(session: Session, words: list[str]) -> None:
 
 def remove_breakpoint(session: Session, words: list[str]) -> None:
     (tag,) = words
+    note_suspensions(session)
     _ask(session, f"Could not remove breakpoint {tag}", lambda at: at.remove_breakpoint(tag))
-    session.tags.pop(tag, None)
+    if session.tags.pop(tag, False):
+        print(f"blkdebug: Resuming request '{tag}'")
 
 
 def resume(session: Session, words: list[str]) -> None:
