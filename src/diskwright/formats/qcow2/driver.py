@@ -351,7 +351,7 @@ class Qcow2(Format, Snapshots):
         from diskwright.formats.qcow2.amend import amend
 
         self.settle()
-        amend(self, options, resize, progress)
+        amend(self, options, resize, progress, force=force)
 
     def resize(self, size: int, *, preallocation: str = "off", conceal: Callable[[], None] | None = None) -> None:
         from diskwright.formats.qcow2.resize import resize
