@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.run import Result, diskwright, needs_qemu, needs_same_texts, qemu_img
+from tests.cli.run import diskwright, needs_qemu, needs_same_texts
+from tests.cli.run import qemu_img_with_keys as by_qemu
 
 pytestmark = [needs_qemu, needs_same_texts]
 
@@ -42,15 +43,6 @@ STEPS = [
 
 def image(format: str, key: str) -> tuple[str, str]:
     return "--image-opts", f"driver={format},file.filename=image,{FORMATS[format]}key-secret={key}"
-
-
-def by_qemu(*words: str, cwd: Path) -> Result:
-    """qemu-img measures the processor's time, and gives up where the clock is too coarse: then again."""
-    for _ in range(20):
-        done = qemu_img(*words, cwd=cwd)
-        if "CPU usage" not in done.err:
-            return done
-    pytest.skip("qemu-img cannot measure its time here")
 
 
 def built(format: str, tmp_path: Path) -> tuple[Path, Path]:

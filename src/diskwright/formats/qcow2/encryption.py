@@ -180,19 +180,30 @@ def plan(options: Qcow2CreateOptions, header: Header) -> Luks1 | None:
         if given:
             raise OptionError("Parameter 'encrypt.format' is missing")
         return None
-    if options.encrypt_key_secret is None:
-        raise OptionError("Parameter 'encrypt.key-secret' is required for cipher")
-    options.encrypt_key_secret.reveal()
     if method == "aes":
+        _check_key(options)
         header.crypt_method = AES
         return None
     if options.encrypt_iter_time is not None and options.encrypt_iter_time < 1:
         raise OptionError("iter-time must be larger than zero")
-    from diskwright.codecs.luks import Luks1
-
+    luks = planned(options)
     header.crypt_method = LUKS
     # First of all, so that its place is the same whatever else follows; where the LUKS header is comes later.
     header.extensions.insert(0, (EXT_ENCRYPTION, bytes(_POINTER.size)))
+    return luks
+
+
+def _check_key(options: Qcow2CreateOptions) -> None:
+    if options.encrypt_key_secret is None:
+        raise OptionError("Parameter 'encrypt.key-secret' is required for cipher")
+    options.encrypt_key_secret.reveal()
+
+
+def planned(options: Qcow2CreateOptions) -> Luks1:
+    """The LUKS header that a new image will have. Raises OptionError or UnsupportedFeature."""
+    from diskwright.codecs.luks import Luks1
+
+    _check_key(options)
     return Luks1.plan(
         options.encrypt_cipher_alg or "aes-256",
         options.encrypt_cipher_mode or "xts",
