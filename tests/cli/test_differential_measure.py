@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli import images
-from tests.cli.run import diskwright, make, needs_qemu, needs_same_texts, qemu_img, same
+from tests.cli.run import diskwright, make, needs_qemu, needs_same_texts, qemu_img, qemu_img_with_keys, same
 
 pytestmark = [needs_qemu, needs_same_texts]
 
@@ -85,3 +85,60 @@ def test_what_is_measured_is_what_is_made(cluster_size: int, tmp_path: Path) -> 
     length = (tmp_path / "image").stat().st_size
     assert wanted["required"] == wanted["fully-allocated"]
     assert wanted["required"] * 0.98 <= length <= wanted["required"] + 2 * cluster_size
+
+
+SECRET = ("--object", "secret,id=s0,data=passphrase")
+SEALED = "-O qcow2 -o encrypt.format=luks"
+KEYED = f"{SEALED},encrypt.key-secret=s0"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "-O luks -o key-secret=s0 --size 0", "-O luks -o key-secret=s0 --size 1000", "-O luks -o key-secret=s0 --size 3G",
+        "-O luks -o key-secret=s0,cipher-alg=aes-128,cipher-mode=cbc,hash-alg=sha512 --size 1M",
+        "-O luks --size 1M", "-O luks -o key-secret=nope --size 1M", "-O luks -o key-secret=s0,bogus=1 --size 1M",
+        "-O luks -o key-secret=s0,preallocation=full --output=json --size 1M",
+        f"{KEYED} --size 0", f"{KEYED} --size 1000", f"{KEYED},cluster_size=4k,refcount_bits=1 --size 3G",
+        f"{KEYED},cluster_size=2M --size 1M", f"{KEYED},preallocation=full --output=json --size 1M",
+        f"{KEYED},encrypt.cipher-alg=aes-128 --size 1M", f"{SEALED} --size 1M",
+        f"{SEALED},encrypt.key-secret=nope --size 1M", "-O qcow2 -o encryption=on --size 1M",
+        "-O qcow2 -o encrypt.format=aes,encrypt.key-secret=s0 --size 1M",
+    ],
+)  # fmt: skip
+def test_new_encrypted_images(words: str, tmp_path: Path) -> None:
+    theirs = qemu_img_with_keys("measure", *SECRET, *words.split(), cwd=tmp_path)
+    ours = diskwright("measure", *SECRET, *words.split(), cwd=tmp_path)
+    assert (ours.code, ours.out, ours.err) == (theirs.code, theirs.out, theirs.err)
+
+
+def test_copies_of_and_to_encrypted_images(tmp_path: Path) -> None:
+    make(tmp_path, "qemu-img create -q -f raw plain 5M", "qemu-io -f raw -c write~1M~1M plain",
+         "qemu-img create -q -f qcow2 more 5M", "qemu-io -c write~1M~1M more", "qemu-img snapshot -c one more",
+         "qemu-io -c write~2M~2M more", "qemu-img bitmap --add more b")  # fmt: skip
+    for format, options in (
+        ("luks", "key-secret=s0,iter-time=1"),
+        ("qcow2", "encrypt.format=luks,encrypt.key-secret=s0,encrypt.iter-time=1"),
+    ):
+        made = diskwright("create", "-q", *SECRET, "-f", format, "-o", options, f"{format}.sealed", "3M", cwd=tmp_path)
+        assert made.code == 0, made
+    for target in ("-O raw", "-O qcow2", "-O luks -o key-secret=s0", KEYED):
+        for source in (
+            "-f raw plain", "-f qcow2 more", "-l one more", "-l nope more", "qcow2.sealed",
+            "--image-opts driver=luks,file.filename=luks.sealed,key-secret=s0",
+            "--image-opts driver=qcow2,file.filename=qcow2.sealed,encrypt.key-secret=s0",
+        ):  # fmt: skip
+            words = [*target.split(), *source.split()]
+            theirs = qemu_img_with_keys("measure", *SECRET, *words, cwd=tmp_path)
+            ours = diskwright("measure", *SECRET, *words, cwd=tmp_path)
+            assert (ours.code, ours.out, ours.err) == (theirs.code, theirs.out, theirs.err), words
+
+
+def test_what_is_measured_is_what_is_made(tmp_path: Path) -> None:
+    make(tmp_path, "qemu-img create -q -f raw plain 5M", "qemu-io -f raw -c write~1M~1M plain")
+    for target in ("-O luks -o key-secret=s0", KEYED):
+        told = diskwright("measure", *SECRET, "--output=json", *target.split(), "-f", "raw", "plain", cwd=tmp_path)
+        made = f"{target},{'encrypt.' if 'encrypt' in target else ''}iter-time=1".split()
+        assert diskwright("convert", *SECRET, *made, "-f", "raw", "plain", "copy", cwd=tmp_path).code == 0
+        wanted, length = json.loads(told.out)["required"], (tmp_path / "copy").stat().st_size
+        assert wanted - 65536 <= length <= wanted

@@ -416,7 +416,8 @@ class Format(ABC):
         raise not_supported(f"Block driver '{cls.name}' does not support size measurement")
 
     def stored_bitmaps(self) -> Sequence[tuple[int, str]] | None:
-        """``(granularity, name)`` of the persistent bitmaps the image holds; None when it cannot hold any."""
+        """``(granularity, name)`` of the persistent bitmaps the image holds, whatever state they are in; None when it
+        cannot hold any. Raises CorruptImage."""
         return None
 
     @abstractmethod

@@ -76,6 +76,7 @@ def _filename(args: argparse.Namespace, size: int | None) -> str | None:
 def _measure(graph: Graph, format: str, options: str, size: int, source: Node | None) -> Measurement:
     from diskwright.core import options as opts
     from diskwright.core import registry
+    from diskwright.core.secrets import bind
     from diskwright.engine.measure import can_measure, measure
 
     try:
@@ -92,7 +93,7 @@ def _measure(graph: Graph, format: str, options: str, size: int, source: Node | 
         wanted[key] = value
     wanted["size"] = size
     typed = opts.parse(driver.create_options, wanted, owner=format)
-    return measure(driver, typed, source, graph.leases)
+    return measure(driver, bind(typed, graph.secrets), source, graph.leases)
 
 
 def _print(found: Measurement, as_json: bool) -> None:

@@ -23,8 +23,8 @@ ITER_TIME: Final = 2000
 class SlotChange:
     """What is to become of key slots. Secrets are bytes, or None."""
 
-    state: str
-    """active or inactive"""
+    state: str | None
+    """active or inactive; None, when nobody has said, is refused"""
     new_secret: bytes | None = None
     old_secret: bytes | None = None
     keyslot: int | None = None
@@ -36,6 +36,8 @@ class SlotChange:
 
 def change(header: Luks1, area: Area, wanted: SlotChange, unlock: Callable[[], bytes], *, force: bool = False) -> None:
     """Makes the change. ``unlock`` answers the volume key. Raises OptionError or ImageError, with nothing changed."""
+    if wanted.state is None:
+        raise OptionError("Parameter 'state' is missing")
     if wanted.keyslot is not None and not 0 <= wanted.keyslot < SLOTS:
         raise OptionError(f"Invalid keyslot {wanted.keyslot} specified, must be between 0 and {SLOTS - 1}")
     if wanted.state == "active":

@@ -6,7 +6,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from diskwright.core.ciphered import Locked
-from diskwright.core.driver import CheckReport, Format, Info, OpenContext, Progress, not_supported
+from diskwright.core.driver import (
+    CheckReport,
+    Format,
+    Info,
+    MeasuredSource,
+    Measurement,
+    OpenContext,
+    Progress,
+    not_supported,
+)
 from diskwright.core.node import Node
 from diskwright.core.secrets import Secret, Secrets, bind
 from diskwright.errors import CorruptImage, LimitExceeded, OptionError, UnsupportedFeature
@@ -114,18 +123,23 @@ class Luks(Format):
             raise OptionError("Parameter 'key-secret' is required for cipher")
         if options.iter_time < 1:
             raise OptionError("iter-time must be larger than zero")
-        from diskwright.codecs.luks import Luks1
-
         passphrase = options.key_secret.reveal()
-        header = Luks1.plan(
-            options.cipher_alg, options.cipher_mode, options.ivgen_alg, options.ivgen_hash_alg, options.hash_alg
-        )
+        header = _planned(options)
         size, start = align_up(options.size, SECTOR), header.payload_start
         if size > MAX_DISK_SIZE - start:
             raise LimitExceeded(f"The image size is too large: with its header it would exceed {MAX_DISK_SIZE} bytes")
         length = start if options.detached_header else start + size
         file.resize(length, preallocation="off" if options.detached_header else options.preallocation)
         header.make(_area(file), passphrase, options.iter_time, detached=options.detached_header)
+
+    @classmethod
+    def measure(cls, options: LuksCreateOptions, source: MeasuredSource | None) -> Measurement:
+        """See ``Format.measure``: the header, and every byte of the disk."""
+        if options.key_secret is None:
+            raise OptionError("Parameter 'key-secret' is required for cipher")
+        options.key_secret.reveal()
+        length = _planned(options).payload_start + (0 if options.detached_header else options.size)
+        return Measurement(length, length)
 
     def resize(self, size: int, *, preallocation: str = "off", conceal: Callable[[], None] | None = None) -> None:
         """See ``Format.resize``, but new bytes read as noise: nothing on disk says that they are new."""
@@ -164,6 +178,15 @@ class Luks(Format):
 
     def zero_init(self) -> bool:
         return False
+
+
+def _planned(options: LuksCreateOptions) -> Luks1:
+    """The header of a new image. Raises UnsupportedFeature."""
+    from diskwright.codecs.luks import Luks1
+
+    return Luks1.plan(
+        options.cipher_alg, options.cipher_mode, options.ivgen_alg, options.ivgen_hash_alg, options.hash_alg
+    )
 
 
 def _area(file: Node) -> Area:

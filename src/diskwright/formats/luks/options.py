@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diskwright.core.cipher_options import CIPHERS, HASHES
+from diskwright.core.cipher_options import CIPHERS, HASHES, SlotOptions
 from diskwright.core.options import BOOL, INT, SIZE, OneOf, option
 from diskwright.core.secrets import SECRET, Secret
 
@@ -29,9 +29,5 @@ class LuksCreateOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LuksAmendOptions:
-    state: str = option(OneOf("active", "inactive"), "what the key slots shall be")
-    new_secret: Secret | None = option(SECRET, "the passphrase to set", default=None)
-    old_secret: Secret | None = option(SECRET, "a passphrase: all slots it opens are meant", default=None)
-    keyslot: int | None = option(INT, "number of the one key slot that is meant", default=None)
-    iter_time: int | None = option(INT, "time to spend on the passphrase, in milliseconds", default=None)
+class LuksAmendOptions(SlotOptions):
+    """Passphrases are all that can be changed."""

@@ -1,4 +1,4 @@
-"""Changing what was chosen when an image was created: version, refcount width, lazy refcounts, size.
+"""Changing what was chosen when an image was created: version, refcount width, lazy refcounts, size, key slots.
 
 Called with no other request in flight. Every step is durable before the next begins, and each leaves a sound image
 wherever a crash ends it. The header changes by one write within its first sector.
@@ -14,8 +14,10 @@ from contextlib import suppress
 from copy import copy
 from typing import TYPE_CHECKING, Final
 
+from diskwright.core.options import describe
 from diskwright.errors import DiskwrightError, ImageError, OptionError, UnsupportedFeature
 from diskwright.formats.qcow2 import header as fields
+from diskwright.formats.qcow2.encryption import amend_encryption
 from diskwright.formats.qcow2.header import Header, feature_table
 from diskwright.formats.qcow2.layout import COMPRESSED, OFFSET_MASK, ZERO
 from diskwright.formats.qcow2.mapping import read_table
@@ -33,7 +35,14 @@ _AT_COMPATIBLE: Final = 80
 _SNAPSHOT: Final = struct.Struct(">QIHHIIQII")
 
 
-def amend(image: Qcow2, options: Qcow2AmendOptions, resize: Callable[[int], None], progress: Progress | None) -> None:
+def amend(
+    image: Qcow2,
+    options: Qcow2AmendOptions,
+    resize: Callable[[int], None],
+    progress: Progress | None,
+    *,
+    force: bool,
+) -> None:
     """See ``Format.amend``. An upgrade comes first and a downgrade last, so that what is in between is possible."""
     if image.writer is None:
         raise ImageError(f"{image.children[0].filename}: is open read-only")
@@ -44,6 +53,9 @@ def amend(image: Qcow2, options: Qcow2AmendOptions, resize: Callable[[int], None
     _check(image, options, version)
     if version > old:
         _upgrade(image)
+    slots = _about_encryption(options)
+    if slots:
+        amend_encryption(image, slots, force=force)
     order = image.header.refcount_order
     if options.refcount_bits is not None and options.refcount_bits != 1 << order:
         from diskwright.formats.qcow2.refcount_width import change_width
@@ -62,6 +74,12 @@ def amend(image: Qcow2, options: Qcow2AmendOptions, resize: Callable[[int], None
     if version < old:
         _downgrade(image, report)
     report(1, 1)
+
+
+def _about_encryption(options: Qcow2AmendOptions) -> dict[str, object]:
+    """Those of the options that are given and concern key slots."""
+    names = [info for info in describe(type(options)) if info.name.startswith("encrypt.")]
+    return {info.name: value for info in names if (value := getattr(options, info.field)) is not None}
 
 
 def _unheard(done: int, total: int) -> None:

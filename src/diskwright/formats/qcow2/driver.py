@@ -343,9 +343,9 @@ class Qcow2(Format, Snapshots):
         return measure(options, source)
 
     def stored_bitmaps(self) -> Sequence[tuple[int, str]] | None:
-        from diskwright.formats.qcow2.measure import stored_bitmaps
-
-        return stored_bitmaps(self.children[0], self.header)
+        if self.header.version < 3:
+            return None
+        return [(1 << e.granularity_bits, e.name.decode(errors="surrogateescape")) for e in self._bitmap_entries()]
 
     def amend(
         self,
@@ -358,7 +358,7 @@ class Qcow2(Format, Snapshots):
         from diskwright.formats.qcow2.amend import amend
 
         self.settle()
-        amend(self, options, resize, progress)
+        amend(self, options, resize, progress, force=force)
 
     def resize(self, size: int, *, preallocation: str = "off", conceal: Callable[[], None] | None = None) -> None:
         from diskwright.formats.qcow2.resize import resize

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from diskwright.core import options as opts
-from diskwright.core.options import INT, OneOf, option
-from diskwright.core.secrets import SECRET, Secret, Secrets, bind
+from diskwright.core.cipher_options import SlotOptions
+from diskwright.core.secrets import Secret, Secrets, bind
 from diskwright.errors import CorruptImage, ImageError, LimitExceeded, OptionError
 from diskwright.formats.qcow2.header import EXT_ENCRYPTION, Header
 from diskwright.units import MiB
@@ -38,17 +37,6 @@ MAX_LUKS_HEADER: Final = 64 * MiB
 """Longest LUKS header accepted, key slots included; those of known programs have 2 MiB."""
 
 _POINTER: Final = struct.Struct(">QQ")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AmendOptions:
-    """What can be changed of an encrypted image, as for the format luks."""
-
-    state: str = option(OneOf("active", "inactive"), "what the key slots shall be", name="encrypt.state")
-    new_secret: Secret | None = option(SECRET, "the passphrase to set", default=None, name="encrypt.new-secret")
-    old_secret: Secret | None = option(SECRET, "a passphrase in slots", default=None, name="encrypt.old-secret")
-    keyslot: int | None = option(INT, "number of the one key slot meant", default=None, name="encrypt.keyslot")
-    iter_time: int | None = option(INT, "time for the passphrase, in ms", default=None, name="encrypt.iter-time")
 
 
 # -- opening -------------------------------------------------------------------------------------------
@@ -108,9 +96,8 @@ class Encryption:
 
         if self.luks is None:
             raise OptionError("Only LUKS encryption options can be amended")
-        if not any(name.replace("_", "-") == "encrypt.state" for name in options):
-            raise OptionError("Parameter 'state' is missing")
-        wanted = bind(opts.parse(AmendOptions, options, owner="qcow2"), self._secrets)
+        named = {name.removeprefix("encrypt."): value for name, value in options.items()}
+        wanted = bind(opts.parse(SlotOptions, named, owner="qcow2"), self._secrets)
         new, old = wanted.new_secret, wanted.old_secret
         slots = SlotChange(
             wanted.state,
@@ -193,19 +180,30 @@ def plan(options: Qcow2CreateOptions, header: Header) -> Luks1 | None:
         if given:
             raise OptionError("Parameter 'encrypt.format' is missing")
         return None
-    if options.encrypt_key_secret is None:
-        raise OptionError("Parameter 'encrypt.key-secret' is required for cipher")
-    options.encrypt_key_secret.reveal()
     if method == "aes":
+        _check_key(options)
         header.crypt_method = AES
         return None
     if options.encrypt_iter_time is not None and options.encrypt_iter_time < 1:
         raise OptionError("iter-time must be larger than zero")
-    from diskwright.codecs.luks import Luks1
-
+    luks = planned(options)
     header.crypt_method = LUKS
     # First of all, so that its place is the same whatever else follows; where the LUKS header is comes later.
     header.extensions.insert(0, (EXT_ENCRYPTION, bytes(_POINTER.size)))
+    return luks
+
+
+def _check_key(options: Qcow2CreateOptions) -> None:
+    if options.encrypt_key_secret is None:
+        raise OptionError("Parameter 'encrypt.key-secret' is required for cipher")
+    options.encrypt_key_secret.reveal()
+
+
+def planned(options: Qcow2CreateOptions) -> Luks1:
+    """The LUKS header that a new image will have. Raises OptionError or UnsupportedFeature."""
+    from diskwright.codecs.luks import Luks1
+
+    _check_key(options)
     return Luks1.plan(
         options.encrypt_cipher_alg or "aes-256",
         options.encrypt_cipher_mode or "xts",

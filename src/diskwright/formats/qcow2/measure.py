@@ -6,24 +6,15 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 from diskwright.core.driver import MeasuredSource, Measurement
-from diskwright.errors import CorruptImage, LimitExceeded, OptionError
-from diskwright.formats.qcow2.header import BITMAPS, EXT_BITMAPS
-from diskwright.formats.qcow2.layout import (
-    MAX_BITMAP_DIRECTORY_BYTES,
-    MAX_BITMAPS,
-    MAX_CLUSTER_BITS,
-    MAX_L1_BYTES,
-    MIN_CLUSTER_BITS,
-)
+from diskwright.errors import LimitExceeded, OptionError
+from diskwright.formats.qcow2.encryption import planned
+from diskwright.formats.qcow2.layout import MAX_CLUSTER_BITS, MAX_L1_BYTES, MIN_CLUSTER_BITS
 from diskwright.units import SECTOR, align_up, is_power_of_two
 
 if TYPE_CHECKING:
-    from diskwright.core.node import Node
-    from diskwright.formats.qcow2.header import Header
     from diskwright.formats.qcow2.options import Qcow2CreateOptions
 
 _EXTENDED_L2_MIN_CLUSTER: Final = 16384
-_BITMAP_EXTENSION: Final = struct.Struct(">IIQQ")
 _BITMAP_ENTRY: Final = struct.Struct(">QIIBBHI")
 
 
@@ -38,6 +29,8 @@ def measure(options: Qcow2CreateOptions, source: MeasuredSource | None) -> Measu
         raise LimitExceeded("The image size is too large (try using a larger cluster size)")
     tables = 1 + l2_tables + -(-l2_tables * 8 // cluster_size)  # header, L2, L1
     metadata = (tables + _refcount_clusters(clusters + tables, cluster_size, order)) * cluster_size
+    if options.encrypt_format == "luks":
+        metadata += align_up(planned(options).payload_start, cluster_size)
     if options.preallocation in ("falloc", "full"):
         data = size
     elif source is None:
@@ -101,26 +94,3 @@ def _bitmap_bytes(size: int, granularity: int, cluster_size: int) -> int:
 
 def _directory_bytes(name: str) -> int:
     return align_up(_BITMAP_ENTRY.size + len(name.encode(errors="surrogateescape")), 8)
-
-
-def stored_bitmaps(file: Node, header: Header) -> list[tuple[int, str]] | None:
-    """See ``Format.stored_bitmaps``. Those that cannot be relied on are listed too. Raises CorruptImage."""
-    if header.version < 3:
-        return None
-    extension = header.extension(EXT_BITMAPS)
-    if extension is None or not header.autoclear_features & BITMAPS or len(extension) < _BITMAP_EXTENSION.size:
-        return []
-    count, _, size, offset = _BITMAP_EXTENSION.unpack_from(extension)
-    if size > MAX_BITMAP_DIRECTORY_BYTES or not 0 < count <= MAX_BITMAPS:
-        raise CorruptImage(file.filename, "bitmap_directory_size", size, None, f"for {count} bitmaps, out of bounds")
-    data, found, at = file.pread(offset, size), [], 0
-    for _ in range(count):
-        if at + _BITMAP_ENTRY.size > size:
-            raise CorruptImage(file.filename, "bitmap directory", f"{size} bytes", offset, "too short for its entries")
-        _, _, _, _, granularity_bits, name_length, extra = _BITMAP_ENTRY.unpack_from(data, at)
-        start = at + _BITMAP_ENTRY.size + extra
-        if granularity_bits > 63:
-            raise CorruptImage(file.filename, "granularity_bits", granularity_bits, offset + at, "must be 9 to 31")
-        found.append((1 << granularity_bits, data[start : start + name_length].decode(errors="surrogateescape")))
-        at = align_up(start + name_length, 8)
-    return found

@@ -111,3 +111,18 @@ class Qcow2AmendOptions:
     lazy_refcounts: bool | None = option(BOOL, "let other programs postpone refcount updates", default=None)
     refcount_bits: int | None = option(INT, "width of a refcount in bits, 1 to 64, a power of two", default=None)
     size: int | None = option(SIZE, "virtual disk size", default=None)
+    encrypt_state: str | None = option(
+        OneOf("active", "inactive"), "what the key slots shall be", default=None, name="encrypt.state"
+    )
+    encrypt_new_secret: Secret | None = option(
+        SECRET, "the passphrase to set", default=None, name="encrypt.new-secret"
+    )
+    encrypt_old_secret: Secret | None = option(
+        SECRET, "a passphrase: all slots it opens are meant", default=None, name="encrypt.old-secret"
+    )
+    encrypt_keyslot: int | None = option(
+        INT, "number of the one key slot that is meant", default=None, name="encrypt.keyslot"
+    )
+    encrypt_iter_time: int | None = option(
+        INT, "time to spend on the passphrase, in milliseconds", default=None, name="encrypt.iter-time"
+    )
