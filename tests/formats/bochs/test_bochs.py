@@ -116,3 +116,14 @@ def test_an_extent_beyond_the_end_is_an_error(tmp_path: Path) -> None:
     for words in (["map"], ["convert", "-O", "raw"]):
         done = ours(*words, "-f", "bochs", "image", *(["copy"] if words[0] == "convert" else []), cwd=tmp_path)
         assert done.code == 1 and "catalog entry 0" in done.err
+
+
+def test_sectors_beyond_the_end_are_no_zeros(tmp_path: Path) -> None:
+    data = redolog(0x20000, {3: b"x" * 512, 127: b"y" * 512})
+    (tmp_path / "image").write_bytes(data[:-512])
+    done = ours("convert", "-f", "bochs", "-O", "raw", "image", "copy", cwd=tmp_path)
+    assert done.code == 1 and "sectors from guest offset 0xfe00 on" in done.err
+    with diskwright.open(str(tmp_path / "image"), format="bochs") as disk:
+        assert disk.pread(3 * 512, 512) == b"x" * 512
+        with pytest.raises(diskwright.DiskwrightError, match="sectors from guest offset 0xfe00"):
+            disk.pread(127 * 512, 512)

@@ -166,7 +166,14 @@ class Bochs(Format):
         run = min(length, (end * SECTOR if end >= 0 else size) - inside)
         if not written:
             return Extent(offset, run, UNALLOCATED)
-        return Extent(offset, run, DATA, self._place(entry) + self._bitmap + inside)
+        place = self._place(entry) + self._bitmap + inside
+        if place + run > self.file.size:
+            raise self._cut(offset)
+        return Extent(offset, run, DATA, place)
+
+    def _cut(self, offset: int) -> CorruptImage:
+        what = f"sectors from guest offset {offset:#x} on"
+        return CorruptImage(self.path, what, "missing", None, f"the file ends before them, at {self.file.size}")
 
     def extents(self, offset: int, length: int) -> Extents:
         """A bit for each sector of the range, read at once, and then the places where the answer changes."""
@@ -192,6 +199,9 @@ class Bochs(Format):
         index, within = np.divmod(heads, per)
         places = np.where(kinds == DATA, bases[index] + self._bitmap + within * SECTOR, -1)
         lengths = np.diff(heads, append=len(written)) * SECTOR
+        beyond = (kinds == DATA) & (places + lengths > self.file.size)
+        if beyond.any():
+            raise self._cut(max(offset, int(heads[np.argmax(beyond)]) * SECTOR + first * size))
         none = np.zeros(len(heads), np.int64)
         found = Extents(heads * SECTOR + first * size, lengths, kinds, places, none.astype(np.int16), none)
         return found.slice(offset, length).merge()
