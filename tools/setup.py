@@ -53,6 +53,9 @@ TESTS = (
     ("bash", "bash"),
     ("zsh", "zsh"),
     ("groff", "groff-base"),
+    ("bximage", "bximage"),
+    ("create_compressed_fs", "cloop-utils"),
+    ("dmg2img", "dmg2img"),
 )
 NEEDS: dict[str, tuple[tuple[str, str], ...]] = {
     "runtime": (),
