@@ -47,7 +47,7 @@ def parse(path: str, raw: bytes) -> Descriptor:
 
 
 def with_cid(text: bytes, cid: int) -> bytes:
-    """The descriptor with another CID; no longer than before or by a few bytes."""
+    """The descriptor with another CID; a few bytes longer when the old one was written shorter."""
     return re.sub(rb"(?m)^([ \t]*CID[ \t]*=[ \t]*)[0-9a-fA-F]+", lambda found: found[1] + b"%08x" % cid, text, count=1)
 
 
@@ -59,4 +59,4 @@ def new(name: str, sectors: int, cid: int, *, adapter: str, hwversion: str, tool
         "# The Disk Data Base", "#DDB", "", f'ddb.virtualHWVersion = "{hwversion}"',
         f'ddb.geometry.cylinders = "{sectors // (63 * heads)}"', f'ddb.geometry.heads = "{heads}"',
         'ddb.geometry.sectors = "63"', f'ddb.adapterType = "{adapter}"', f'ddb.toolsVersion = "{tools}"', "",
-    ]).encode()  # fmt: skip
+    ]).encode("utf-8", "surrogateescape")  # fmt: skip

@@ -1,8 +1,8 @@
 """vmdk: the driver, for images in one sparse file (monolithicSparse).
 
 A directory names tables of 512 entries, each the sector where a grain lies. Directory and tables are there twice; a
-change goes to both. Each time an image is opened and written to it gets another CID, before its contents change, so that
-a child that was made of it notices.
+change goes to both. Each time an image is opened and written to it gets another CID, before its contents change, so
+that a child that was made of it notices.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 from diskwright.core.blockmap import NOWHERE, ZEROS, DirectoryMap
 from diskwright.core.driver import Info, OpenContext
 from diskwright.core.options import BOOL, SIZE, STR, OneOf, option
 from diskwright.core.tables import Directory, Piece
-from diskwright.errors import CorruptImage, LimitExceeded
+from diskwright.errors import CorruptImage, LimitExceeded, OptionError
 from diskwright.formats.vmdk import descriptor
 from diskwright.formats.vmdk.header import MAGIC, REDUNDANT, TABLE_ENTRIES, ZEROED, Header, plan, read_header
 from diskwright.units import SECTOR
@@ -121,7 +122,7 @@ class Vmdk(DirectoryMap):
     def _survey(self) -> None:
         super()._survey()
         ranges = sorted(self.tables())
-        for (_, end), (start, _) in zip(ranges, ranges[1:], strict=False):
+        for (_, end), (start, _) in pairwise(ranges):
             if start < end:
                 raise CorruptImage(self.path, "the grain directory", "damaged", None, f"two tables lie at {start:#x}")
         if ranges and ranges[0][0] < self.first_place:
@@ -186,10 +187,15 @@ class Vmdk(DirectoryMap):
         data = {
             "cid": about.cid, "parent-cid": about.parent_cid, "create-type": about.create_type, "extents": [extent],
         }  # fmt: skip
-        return Info(cluster_size=self.cluster_size, dirty=False, specific={"type": "vmdk", "data": data})
+        return Info(cluster_size=self.cluster_size, dirty=False, specific=data)
 
     @classmethod
     def create(cls, file: Node, options: VmdkCreateOptions) -> None:
+        if options.compat6 and options.hwversion != "undefined":
+            raise OptionError("compat6 cannot be enabled with hwversion set")
+        for text_given in (os.path.basename(file.filename), options.hwversion, options.toolsversion):
+            if any(mark in text_given for mark in '"\r\n\0'):
+                raise OptionError(f"{text_given!r} has a character that a VMDK descriptor cannot hold")
         header = plan(options.size, zeroed_grain=options.zeroed_grain)
         hardware = "6" if options.compat6 else "4" if options.hwversion == "undefined" else options.hwversion
         text = descriptor.new(
@@ -200,7 +206,7 @@ class Vmdk(DirectoryMap):
         if len(text) > room:
             raise LimitExceeded(f"vmdk: a descriptor of {len(text)} bytes does not fit into {room}")
         file.resize(header.over_head * SECTOR)
-        file.writev([(SECTOR, memoryview(text.ljust(room, b"\0")))])
+        file.writev([(SECTOR, memoryview(text))])
         for at in (header.rgd_offset, header.gd_offset):
             file.writev([(at * SECTOR, memoryview(_directory(at, header.tables)))])
         file.writev([(0, memoryview(header.encode()))])

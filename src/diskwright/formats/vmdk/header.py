@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from diskwright.errors import CorruptImage, LimitExceeded, UnsupportedFeature
@@ -121,7 +122,7 @@ def _check_places(file: Node, header: Header) -> None:
         if not value or (value + length) * SECTOR > file.size:
             raise CorruptImage(file.filename, name, value, at, f"{length} sectors there do not lie within the file")
     places.sort(key=lambda place: place[1])
-    for before, after in zip(places, places[1:], strict=False):
+    for before, after in pairwise(places):
         if before[1] + before[3] > after[1]:
             raise CorruptImage(file.filename, after[0], after[1], after[2], f"{before[0]} reaches beyond it")
     if header.over_head * SECTOR > file.size + header.grain_size * SECTOR:
