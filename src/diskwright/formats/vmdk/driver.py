@@ -20,7 +20,7 @@ from diskwright.core.options import BOOL, SIZE, STR, OneOf, option
 from diskwright.core.tables import Directory, Piece
 from diskwright.errors import CorruptImage, LimitExceeded, OptionError
 from diskwright.formats.vmdk import descriptor
-from diskwright.formats.vmdk.header import MAGIC, REDUNDANT, TABLE_ENTRIES, ZEROED, Header, plan, read_header
+from diskwright.formats.vmdk.header import MAGIC, OTHERS, REDUNDANT, TABLE_ENTRIES, ZEROED, Header, plan, read_header
 from diskwright.units import SECTOR
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Vmdk(DirectoryMap):
 
     @staticmethod
     def probe(head: bytes, filename: str) -> int:
-        return 100 if head[:4] == MAGIC else 0
+        return 100 if head.startswith((MAGIC, *OTHERS)) else 0
 
     @classmethod
     def open(cls, context: OpenContext, options: Any) -> Vmdk:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from diskwright.core.node import Node
 
 MAGIC: Final = b"KDMV"
+OTHERS: Final = {b"COWD": "a VMFS sparse extent", b"# Disk DescriptorFile": "a descriptor of other files"}
+"""What else may be at the beginning, and is known but not supported: it must not be taken for a raw disk."""
 REDUNDANT: Final = 1 << 1
 ZEROED: Final = 1 << 2
 COMPRESSED: Final = 1 << 16
@@ -84,6 +86,10 @@ def plan(size: int, *, zeroed_grain: bool) -> Header:
 def read_header(file: Node) -> Header:
     """The header, checked. Raises CorruptImage, UnsupportedFeature or LimitExceeded."""
     path = file.filename
+    head = file.pread(0, min(file.size, 32)) if file.size else b""
+    for start, kind in OTHERS.items():
+        if head.startswith(start):
+            raise UnsupportedFeature(f"{path}: is {kind}, which is not supported")
     if file.size < SECTOR:
         raise CorruptImage(path, "length of the file", file.size, None, "shorter than a VMDK header")
     header = Header(*_HEADER.unpack(file.pread(0, _HEADER.size)))
