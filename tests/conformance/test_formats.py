@@ -141,6 +141,13 @@ class TestVdi(FormatConformance):
     model_examples = 15
 
 
+class TestVmdk(FormatConformance):
+    format_name = "vmdk"
+    can_check = False
+    can_grow = False
+    model_examples = 15
+
+
 class TestVdiStatic(TestVdi):
     create_options = {"static": True}
     sparse = False

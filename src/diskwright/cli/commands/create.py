@@ -37,6 +37,7 @@ _ALWAYS: Final[Mapping[str, Mapping[str, str]]] = {
     "parallels": {"cluster_size": "1048576"},
     "qed": {"cluster_size": "65536"},
     "vdi": {"static": "off"},
+    "vmdk": {"compat6": "off", "hwversion": "undefined"},
     "qcow2": {
         "cluster_size": "65536",
         "extended_l2": "off",

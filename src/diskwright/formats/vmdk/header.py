@@ -1,0 +1,135 @@
+"""vmdk: the header of a hosted sparse extent, and where a new image has its parts.
+
+After VMware's "Virtual Disk Format 5.0", section "Hosted Sparse Extents". Its fields count sectors of 512 bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Final
+
+from diskwright.errors import CorruptImage, LimitExceeded, UnsupportedFeature
+from diskwright.units import SECTOR
+
+if TYPE_CHECKING:
+    from diskwright.core.node import Node
+
+MAGIC: Final = b"KDMV"
+OTHERS: Final = {b"COWD": "a VMFS sparse extent", b"# Disk DescriptorFile": "a descriptor of other files"}
+"""What else may be at the beginning, and is known but not supported: it must not be taken for a raw disk."""
+REDUNDANT: Final = 1 << 1
+ZEROED: Final = 1 << 2
+COMPRESSED: Final = 1 << 16
+MARKERS: Final = 1 << 17
+_NEWLINES: Final = 1 << 0
+_KNOWN: Final = _NEWLINES | REDUNDANT | ZEROED | COMPRESSED | MARKERS
+
+_HEADER: Final = struct.Struct("<4sIIQQQQIQQQB4sH")
+_CHECK: Final = b"\n \r\n"
+TABLE_ENTRIES: Final = 512
+_TABLE_SECTORS: Final = TABLE_ENTRIES * 4 // SECTOR
+MAX_TABLES: Final = 1 << 21
+"""Tables of an extent at most: 64 TiB with the usual grains, which takes 8 MiB of directory in memory."""
+_MOST_GRAIN: Final = 1 << 17
+"""Sectors of a grain at most: 64 MiB."""
+MAX_DESCRIPTOR: Final = 1 << 20
+"""Longest descriptor in bytes; real ones have less than a thousand."""
+_DESCRIPTOR_SECTORS: Final = 20
+_GRAIN: Final = 128
+
+
+@dataclass
+class Header:
+    """The fields of the header, in its order; all but the flags and small ones count sectors."""
+
+    magic: bytes
+    version: int
+    flags: int
+    capacity: int
+    grain_size: int
+    descriptor_offset: int
+    descriptor_size: int
+    num_gtes_per_gt: int
+    rgd_offset: int
+    gd_offset: int
+    over_head: int
+    unclean_shutdown: int
+    newlines: bytes
+    compress_algorithm: int
+
+    def encode(self) -> bytes:
+        return _HEADER.pack(*vars(self).values()).ljust(SECTOR, b"\0")
+
+    @property
+    def tables(self) -> int:
+        return -(-self.capacity // (self.grain_size * self.num_gtes_per_gt))
+
+
+def plan(size: int, *, zeroed_grain: bool) -> Header:
+    """The header of a new image. Raises LimitExceeded."""
+    capacity = -(-size // SECTOR)
+    tables = -(-capacity // (_GRAIN * TABLE_ENTRIES))
+    if tables > MAX_TABLES:
+        raise LimitExceeded(f"vmdk: a disk of {size} bytes would need {tables} grain tables; at most {MAX_TABLES}")
+    span = -(-tables * 4 // SECTOR) + tables * _TABLE_SECTORS
+    rgd = 1 + _DESCRIPTOR_SECTORS
+    end = rgd + 2 * span
+    flags = _NEWLINES | REDUNDANT | (ZEROED if zeroed_grain else 0)
+    return Header(
+        MAGIC, 2 if zeroed_grain else 1, flags, capacity, _GRAIN, 1, _DESCRIPTOR_SECTORS, TABLE_ENTRIES, rgd,
+        rgd + span, end + -end % _GRAIN, 0, _CHECK, 0,
+    )  # fmt: skip
+
+
+def read_header(file: Node) -> Header:
+    """The header, checked. Raises CorruptImage, UnsupportedFeature or LimitExceeded."""
+    path = file.filename
+    head = file.pread(0, min(file.size, 32)) if file.size else b""
+    for start, kind in OTHERS.items():
+        if head.startswith(start):
+            raise UnsupportedFeature(f"{path}: is {kind}, which is not supported")
+    if file.size < SECTOR:
+        raise CorruptImage(path, "length of the file", file.size, None, "shorter than a VMDK header")
+    header = Header(*_HEADER.unpack(file.pread(0, _HEADER.size)))
+    if header.magic != MAGIC:
+        raise CorruptImage(path, "magicNumber", header.magic.hex(), 0, f"it should be {MAGIC.hex()}")
+    if not 1 <= header.version <= 3:
+        raise UnsupportedFeature(f"{path}: is of version {header.version}; 1 to 3 are known")
+    if header.flags & (COMPRESSED | MARKERS):
+        raise UnsupportedFeature(f"{path}: has compressed grains (streamOptimized), which is not supported")
+    if header.flags & ~_KNOWN:
+        raise UnsupportedFeature(f"{path}: has unknown flags {header.flags & ~_KNOWN:#x}")
+    if header.flags & _NEWLINES and header.newlines != _CHECK:
+        raise CorruptImage(path, "newline characters", header.newlines.hex(), 73, "the file was changed as text")
+    grain = header.grain_size
+    if not 8 <= grain <= _MOST_GRAIN or grain & (grain - 1):
+        raise CorruptImage(path, "grainSize", grain, 20, f"it must be a power of two from 8 to {_MOST_GRAIN}")
+    if header.num_gtes_per_gt != TABLE_ENTRIES:
+        raise CorruptImage(path, "numGTEsPerGT", header.num_gtes_per_gt, 44, f"it must be {TABLE_ENTRIES}")
+    if header.tables > MAX_TABLES:
+        raise LimitExceeded(f"{path}: has {header.tables} grain tables; at most {MAX_TABLES} are possible")
+    if not header.descriptor_offset:
+        raise UnsupportedFeature(f"{path}: is one extent of a disk; open the disk's descriptor")
+    if not 1 <= header.descriptor_size <= MAX_DESCRIPTOR // SECTOR:
+        raise LimitExceeded(f"{path}: has a descriptor of {header.descriptor_size} sectors")
+    _check_places(file, header)
+    return header
+
+
+def _check_places(file: Node, header: Header) -> None:
+    size = -(-header.tables * 4 // SECTOR)
+    places = [("gdOffset", header.gd_offset, 56, size), ("descriptorOffset", header.descriptor_offset, 28,
+              header.descriptor_size)]  # fmt: skip
+    if header.flags & REDUNDANT:
+        places.append(("rgdOffset", header.rgd_offset, 48, size))
+    for name, value, at, length in places:
+        if not value or (value + length) * SECTOR > file.size:
+            raise CorruptImage(file.filename, name, value, at, f"{length} sectors there do not lie within the file")
+    places.sort(key=lambda place: place[1])
+    for before, after in pairwise(places):
+        if before[1] + before[3] > after[1]:
+            raise CorruptImage(file.filename, after[0], after[1], after[2], f"{before[0]} reaches beyond it")
+    if header.over_head * SECTOR > file.size + header.grain_size * SECTOR:
+        raise CorruptImage(file.filename, "overHead", header.over_head, 64, "beyond the end of the file")
