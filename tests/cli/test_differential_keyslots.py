@@ -49,7 +49,10 @@ def built(format: str, tmp_path: Path) -> tuple[Path, Path]:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     ours.mkdir()
     theirs.mkdir()
-    kind = {"luks": "key-secret=s0,iter-time=1", "qcow2": "encrypt.format=luks,encrypt.key-secret=s0,encrypt.iter-time=1"}
+    kind = {
+        "luks": "key-secret=s0,iter-time=1",
+        "qcow2": "encrypt.format=luks,encrypt.key-secret=s0,encrypt.iter-time=1",
+    }
     made = diskwright("create", "-q", *SECRETS, "-f", format, "-o", kind[format], "image", "1M", cwd=ours)
     assert made.code == 0, made
     shutil.copy(ours / "image", theirs / "image")

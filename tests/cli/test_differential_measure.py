@@ -95,7 +95,8 @@ KEYED = f"{SEALED},encrypt.key-secret=s0"
 @pytest.mark.parametrize(
     "words",
     [
-        "-O luks -o key-secret=s0 --size 0", "-O luks -o key-secret=s0 --size 1000", "-O luks -o key-secret=s0 --size 3G",
+        "-O luks -o key-secret=s0 --size 0", "-O luks -o key-secret=s0 --size 1000",
+        "-O luks -o key-secret=s0 --size 3G",
         "-O luks -o key-secret=s0,cipher-alg=aes-128,cipher-mode=cbc,hash-alg=sha512 --size 1M",
         "-O luks --size 1M", "-O luks -o key-secret=nope --size 1M", "-O luks -o key-secret=s0,bogus=1 --size 1M",
         "-O luks -o key-secret=s0,preallocation=full --output=json --size 1M",
@@ -134,7 +135,7 @@ def test_copies_of_and_to_encrypted_images(tmp_path: Path) -> None:
             assert (ours.code, ours.out, ours.err) == (theirs.code, theirs.out, theirs.err), words
 
 
-def test_what_is_measured_is_what_is_made(tmp_path: Path) -> None:
+def test_what_is_measured_for_encryption_is_what_is_made(tmp_path: Path) -> None:
     make(tmp_path, "qemu-img create -q -f raw plain 5M", "qemu-io -f raw -c write~1M~1M plain")
     for target in ("-O luks -o key-secret=s0", KEYED):
         told = diskwright("measure", *SECRET, "--output=json", *target.split(), "-f", "raw", "plain", cwd=tmp_path)
