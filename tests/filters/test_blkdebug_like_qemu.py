@@ -60,7 +60,7 @@ def test_an_error_at_each_event_fails_the_same_step(tmp_path: Path, name: str) -
 BREAKS = (
     "break write_aio A", "aio_write -P 5 0 64k", "wait_break A", "resume A", "aio_flush", "read -P 5 0 64k",
     "break read_aio B", "remove_break B", "read 0 4k", "resume B", "break rubbish C", "remove_break C",
-    "break cluster_alloc D", "aio_write 1M 64k", "wait_break D", "remove_break D", "aio_flush",
+    "break cluster_alloc D", "aio_write 1M 64k", "wait_break D", "resume D", "aio_flush",
 )  # fmt: skip
 
 
