@@ -110,11 +110,6 @@ TABLE: Final[tuple[Difference, ...]] = (
         "create -f luks -o help", "out", "help|[?]", _options_are_there,
     ),
     Difference(
-        "`amend -o help` for qcow2 does not list changes of encryption: they are not there yet.",
-        "amend -f qcow2 -o help", "out", "^amend .*help",
-        lambda pair: "encrypt." in pair.theirs.out and pair.ours.code == 0,
-    ),
-    Difference(
         "`check` tells in its own words, on standard error, what it finds and repairs in detail.",
         "check -r leaks leak", "err", "^check",
         lambda pair: pair.ours.code == pair.theirs.code,
@@ -170,9 +165,6 @@ TABLE: Final[tuple[Difference, ...]] = (
         "`measure` takes wrong options as every command does: with an error, and exit code 1.",
         "measure --bogus q3", "code out err", "^measure",
         lambda pair: pair.theirs.out == "the help text" and _only_theirs_succeeds(pair),
-    ),
-    Difference(
-        "`measure -O luks` is not there yet.", "measure -O luks --size 1M", "err", "^measure -O luks", _both_fail,
     ),
     Difference(
         "`convert -n -c` may overwrite what is there.", "convert -n -c -O qcow2 q3 q4", "code err files",
