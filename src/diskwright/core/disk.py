@@ -208,10 +208,9 @@ class Disk(io.RawIOBase):
 
     def pread(self, offset: int, length: int) -> bytes:
         """``length`` bytes at ``offset``; shorter only at the disk's end, as a file is."""
-        length = max(0, min(length, self.size - offset))
-        buffer = bytearray(length)
-        if length:
-            with self.request():
+        with self.request():  # before the size is asked for: outside the gate the root may be closed under our feet
+            buffer = bytearray(max(0, min(length, self.size - offset)))
+            if buffer:
                 self.readv([(offset, memoryview(buffer))])
         return bytes(buffer)
 

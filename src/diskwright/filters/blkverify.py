@@ -21,6 +21,7 @@ class BlkVerify(Filter):
 
     def __init__(self, child: Node, test: Node) -> None:
         self.child, self.test = child, test
+        self._size = test.size  # who asks for it need not hold the children open
         self._found: str | None = None
 
     @classmethod
@@ -39,7 +40,7 @@ class BlkVerify(Filter):
 
     @property
     def size(self) -> int:
-        return self.test.size
+        return self._size
 
     @property
     def alignment(self) -> int:
@@ -67,6 +68,7 @@ class BlkVerify(Filter):
                 lambda: self.child.writev([segment]),  # noqa: B023
                 lambda: self.test.writev([segment]),  # noqa: B023
             )  # fmt: skip
+            self._size = max(self._size, offset + len(buffer))
 
     def write_zeros(self, offset: int, length: int, *, unmap: bool, fast: bool) -> None:
         self._both(
@@ -74,6 +76,7 @@ class BlkVerify(Filter):
             lambda: self.child.write_zeros(offset, length, unmap=unmap),
             lambda: self.test.write_zeros(offset, length, unmap=unmap),
         )  # fmt: skip
+        self._size = max(self._size, offset + length)
 
     def discard(self, offset: int, length: int) -> None:
         """Nothing: what a discard leaves to read may differ between the two, and rightly so."""
