@@ -150,9 +150,12 @@ class Mix:
     def ours(self, steps: int) -> None:
         """A session of our own."""
         rng = self.rng
-        more = {}
-        if rng.random() < 0.3:
+        more: dict[str, object] = {}
+        if rng.random() < 0.3 and not self.v2:
             more["discard-no-unref"] = True
+        for name in ("pass-discard-request", "pass-discard-snapshot", "pass-discard-other"):
+            if rng.random() < 0.2:
+                more[name] = rng.random() < 0.5
         if rng.random() < 0.3:
             more["cache-size"] = 4 * self.cluster_size
         if rng.random() < 0.3:

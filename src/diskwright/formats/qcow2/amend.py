@@ -21,6 +21,7 @@ from diskwright.formats.qcow2.encryption import amend_encryption
 from diskwright.formats.qcow2.header import Header, feature_table
 from diskwright.formats.qcow2.layout import COMPRESSED, OFFSET_MASK, ZERO
 from diskwright.formats.qcow2.mapping import read_table
+from diskwright.formats.qcow2.ordering import Cause
 from diskwright.units import SECTOR, align_up, is_power_of_two
 
 if TYPE_CHECKING:
@@ -308,7 +309,7 @@ def _write_out_zeros(image: Qcow2, writer: Writer, progress: Progress) -> None:
             if kept and (start + first) << g.cluster_bits < image.size:
                 _fill(writer, start + first, start + end)
             else:
-                writer.unmap(start + first, start + end)
+                writer.unmap(start + first, start + end, Cause.OTHER)
         progress(number, total + 1)
     writer.checkpoint()
 

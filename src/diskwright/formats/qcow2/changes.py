@@ -28,6 +28,7 @@ from diskwright.formats.qcow2.layout import (
     MAX_SNAPSHOTS,
     OFFSET_MASK,
 )
+from diskwright.formats.qcow2.ordering import Cause
 from diskwright.formats.qcow2.snapshots import MAX_NAME, Snapshot, entry, load_snapshots, view
 from diskwright.formats.qcow2.trees import Tree, big_endian_words
 from diskwright.formats.qcow2.vmstate import store
@@ -172,7 +173,8 @@ class Change:
         )
         self._old_end = None  # from here on the file has to keep its length
         self.image.switch(fields, self.file.pread(AT_SIZE, SWITCHED.size))
-        for first, count in self.counts.freed():
+        writer = self.image.writer
+        for first, count in self.counts.freed() if writer is not None and Cause.SNAPSHOT in writer.told else ():
             with suppress(OSError):  # it is done; this only gives back space
                 self.file.discard(first << self.g.cluster_bits, count << self.g.cluster_bits)
 

@@ -33,6 +33,7 @@ from diskwright.formats.qcow2.encoding import Encoder
 from diskwright.formats.qcow2.header import Header, read_header
 from diskwright.formats.qcow2.layout import MAGIC
 from diskwright.formats.qcow2.options import Qcow2AmendOptions, Qcow2CreateOptions, Qcow2Options
+from diskwright.formats.qcow2.ordering import Cause
 from diskwright.formats.qcow2.packing import PackingWriter
 from diskwright.formats.qcow2.refcounts import Refcounts
 from diskwright.formats.qcow2.snapshots import load_snapshots, view
@@ -93,6 +94,8 @@ class Qcow2(Format, Snapshots):
         self.cluster_size = 1 << header.cluster_bits
         self.zeroes_by_discard = header.version < 3
         check_options(options, self.cluster_size)
+        if options.discard_no_unref and header.version < 3:
+            raise OptionError("discard-no-unref is only supported since qcow2 version 3")
         if options.repair:
             return  # nothing is looked up: tables may be damaged, and are looked at by check alone
         self._budgets = budgets(options, writable=self._leases is not None)
@@ -192,7 +195,13 @@ class Qcow2(Format, Snapshots):
             self.writer = SubclusterWriter(file, header, mapping, refcounts, self._leases, places, data_file)
         else:
             self.writer = PackingWriter(file, header, mapping, refcounts, self._leases, places)
-        self.writer.pass_requests, self.writer.pass_others = options.pass_discard_request, options.pass_discard_other
+        passed = {
+            Cause.REQUEST: options.pass_discard_request,
+            Cause.SNAPSHOT: options.pass_discard_snapshot,
+            Cause.OTHER: options.pass_discard_other,
+            Cause.ALWAYS: True,
+        }
+        self.writer.told = frozenset(cause for cause, passes in passed.items() if passes)
         self.writer.keeps_places = options.discard_no_unref
         if self.bitmap_store is not None:
             self.bitmap_store.protect(self.writer)

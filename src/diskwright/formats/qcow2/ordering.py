@@ -20,6 +20,7 @@ import threading
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable
+from enum import Enum
 from typing import Final, NamedTuple, TypeVar
 
 from diskwright.core.leases import Leases, Quarantine
@@ -45,12 +46,21 @@ _MOST_FREED_BYTES: Final = 256 * MiB
 """Given-up space that may wait for a flush of the user's before we make one, to be able to use it again."""
 
 
+class Cause(Enum):
+    """Why clusters became free. Options choose of which the file is told, so that it can give up their space."""
+
+    REQUEST = "a guest's request"
+    SNAPSHOT = "a change of snapshots, or the emptying of an image that has been committed"
+    OTHER = "anything else: what was copied on write, tables that moved"
+    ALWAYS = "an operation that is there to give space back"
+
+
 class _Freed(NamedTuple):
-    """Clusters given up. ``era`` is the checkpoint that makes the map without them durable."""
+    """Clusters given up. ``era`` is the checkpoint that makes the map without them durable; ``tell``: the file."""
 
     era: int
     runs: list[tuple[int, int]]  # (first host cluster, count)
-    unmap: bool
+    tell: bool
 
 
 class Ordering:
@@ -79,8 +89,8 @@ class Ordering:
         self._passed: deque[_Freed] = deque()  # out of quarantine, not yet durable
         self._freed_clusters = 0  # since the last checkpoint
         self._begun = self._completed = 0  # checkpoints
-        self.pass_requests, self.pass_others = True, False
-        """Whether the file is told to discard clusters that a guest's request gave up, and others."""
+        self.told = frozenset((Cause.REQUEST, Cause.SNAPSHOT, Cause.ALWAYS))
+        """For what causes the file is told to discard clusters that became free."""
 
     # -- taking ------------------------------------------------------------------------------------
 
@@ -138,15 +148,15 @@ class Ordering:
 
     # -- giving up -----------------------------------------------------------------------------------
 
-    def _give_up(self, entries: Iterable[int], *, unmap: bool) -> None:
+    def _give_up(self, entries: Iterable[int], cause: Cause) -> None:
         """What ``entries`` refer to, which are no longer on the map in memory, is freed when it may be."""
         runs = self._host_runs(entries)
         if runs:
-            self._give_up_runs(runs, unmap=unmap)
+            self._give_up_runs(runs, cause)
 
-    def _give_up_runs(self, runs: list[tuple[int, int]], *, unmap: bool) -> None:
+    def _give_up_runs(self, runs: list[tuple[int, int]], cause: Cause) -> None:
         self._freed_clusters += sum(count for _, count in runs)
-        self._quarantine.put(_Freed(self._era, runs, self.pass_requests if unmap else self.pass_others))
+        self._quarantine.put(_Freed(self._era, runs, cause in self.told))
 
     def give_back(self, runs: list[tuple[int, int]]) -> None:
         """Host clusters that held other things than guest data, and that nothing in the file refers to any more."""
@@ -154,7 +164,7 @@ class Ordering:
             for first, count in runs:
                 for host in range(first, first + count):
                     self.metadata.remove(host)
-            self._give_up_runs(runs, unmap=True)
+            self._give_up_runs(runs, Cause.ALWAYS)
 
     def _host_runs(self, entries: Iterable[int]) -> list[tuple[int, int]]:
         """Host clusters that entries refer to; one that two compressed clusters share is there twice."""
@@ -243,7 +253,7 @@ class Ordering:
             self._passed.extend(self._quarantine.take_passed())
             while self._passed and self._passed[0].era <= self._durable:
                 ready.append(self._passed.popleft())
-            unmapped = [run for freed in ready if freed.unmap for run in self.refcounts.unshared(freed.runs)]
+            unmapped = [run for freed in ready if freed.tell for run in self.refcounts.unshared(freed.runs)]
         if ready:
             self.file.announce("cluster_free")
         for first, count in unmapped:

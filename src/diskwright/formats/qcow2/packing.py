@@ -18,6 +18,7 @@ from diskwright.core.placing import Placed
 from diskwright.errors import LimitExceeded
 from diskwright.extents import SPECIAL, Extent
 from diskwright.formats.qcow2.layout import COMPRESSED
+from diskwright.formats.qcow2.ordering import Cause
 from diskwright.formats.qcow2.writing import Writer
 from diskwright.units import SECTOR, align_up
 
@@ -163,7 +164,7 @@ class PackingWriter(Writer):
                     self._forget_place(places, index)
             low, high = stored.first & self._index_mask, stored.last & self._index_mask
             self.map.l2.mark(number, self._word(low), self._word(high) + width - 1)
-            self._give_up(old, unmap=False)
+            self._give_up(old, Cause.OTHER)
             self._close(stored)
             overdue = self._overdue()
         if overdue:

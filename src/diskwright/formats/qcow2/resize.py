@@ -17,6 +17,7 @@ from diskwright.extents import DATA, SPECIAL, Extent
 from diskwright.formats.qcow2.encryption import seal, unseal
 from diskwright.formats.qcow2.header import AT_L1, AT_SIZE
 from diskwright.formats.qcow2.layout import MAX_L1_BYTES, OFFSET_MASK
+from diskwright.formats.qcow2.ordering import Cause
 from diskwright.formats.qcow2.refcounts import big_endian
 from diskwright.formats.qcow2.writing import PlacedClusters
 from diskwright.units import MiB
@@ -75,7 +76,7 @@ def _set_size(image: Qcow2, writer: Writer, size: int) -> None:
 def _grow(image: Qcow2, writer: Writer, size: int, l1_entries: int, conceal: Callable[[], None] | None) -> None:
     g, old = writer.geometry, image.size
     # Nothing should be mapped beyond the end, but a crash while shrinking, or another program, may have left it.
-    _unmap(writer, g.clusters(image.size), min(g.clusters(size), len(writer.map.l1) << g.l2_bits))
+    _unmap(writer, g.clusters(image.size), min(g.clusters(size), len(writer.map.l1) << g.l2_bits), Cause.OTHER)
     if image.size & g.cluster_mask:
         _zero_tail(image, writer, min(size, g.clusters(image.size) << g.cluster_bits))
     if l1_entries > len(writer.map.l1):
@@ -184,7 +185,7 @@ def _shrink(image: Qcow2, writer: Writer, size: int) -> None:
     writer.file.announce("l1_shrink_write_table")
     _set_size(image, writer, size)
     writer.file.announce("l1_shrink_free_l2_clusters")
-    _drop(writer, writer.geometry.clusters(size))
+    _drop(writer, writer.geometry.clusters(size), Cause.ALWAYS)
     if writer.data_file is not None and writer.data_file.size > size:
         _shorten(writer.data_file, size)
 
@@ -195,14 +196,14 @@ def make_empty(image: Qcow2) -> None:
         raise ImageError(f"{image.children[0].filename}: is open read-only")
     image.writer.checkpoint()
     image.writer.file.announce("empty_image_prepare")
-    _drop(image.writer, 0)
+    _drop(image.writer, 0, Cause.SNAPSHOT)
 
 
-def _drop(writer: Writer, first: int) -> None:
+def _drop(writer: Writer, first: int, cause: Cause) -> None:
     """Takes all guest clusters from ``first`` on off the map, tables too, and cuts off what is free at the end."""
     g = writer.geometry
-    _unmap(writer, first, len(writer.map.l1) << g.l2_bits)
-    writer.drop_tables(-(-first >> g.l2_bits))
+    _unmap(writer, first, len(writer.map.l1) << g.l2_bits, cause)
+    writer.drop_tables(-(-first >> g.l2_bits), cause)
     writer.checkpoint()
     writer.drop_blocks()
     writer.checkpoint()
@@ -224,7 +225,7 @@ def _shorten(file: Node, size: int) -> None:
             raise
 
 
-def _unmap(writer: Writer, first: int, end: int) -> None:
+def _unmap(writer: Writer, first: int, end: int, cause: Cause) -> None:
     """Takes guest clusters off the map."""
     g = writer.geometry
     while first < end:
@@ -232,7 +233,7 @@ def _unmap(writer: Writer, first: int, end: int) -> None:
             first = ((first >> g.l2_bits) + 1) << g.l2_bits
             continue
         stop = min(end, ((first >> g.slice_bits) + 1) << g.slice_bits)
-        writer.unmap(first, stop)
+        writer.unmap(first, stop, cause)
         first = stop
 
 

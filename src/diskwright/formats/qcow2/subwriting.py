@@ -25,6 +25,7 @@ from diskwright.errors import CorruptImage
 from diskwright.extents import DATA, Extent
 from diskwright.formats.qcow2.header import Header
 from diskwright.formats.qcow2.layout import ALL_SUBCLUSTERS, COMPRESSED, COPIED, SUBCLUSTER_BITS, ZERO
+from diskwright.formats.qcow2.ordering import Cause
 from diskwright.formats.qcow2.packing import PackingWriter
 from diskwright.formats.qcow2.refcounts import Refcounts
 from diskwright.formats.qcow2.subclusters import SubclusterMapping, parts_of
@@ -304,15 +305,15 @@ class SubclusterWriter(PackingWriter):
             self.map.l2.mark(number, begin, end - 1)
             self._places_of(number)[2 * low : 2 * (low + count)] = places
             if not placed.kept and any(old):
-                self._give_up(old, unmap=False)
+                self._give_up(old, Cause.OTHER)
             self._close(placed)
             overdue = self._overdue()
         if overdue:
             self.checkpoint()
 
-    def _give_up(self, entries: Iterable[int], *, unmap: bool) -> None:
+    def _give_up(self, entries: Iterable[int], cause: Cause) -> None:
         if self.data_file is None:
-            super()._give_up(entries, unmap=unmap)
+            super()._give_up(entries, cause)
 
     # -- zeros and discards --------------------------------------------------------------------------
 
@@ -327,6 +328,8 @@ class SubclusterWriter(PackingWriter):
         start, stop, overdue = self.growing(lambda: self._zero_units(start, stop, unmap))
         if overdue:
             self.checkpoint()
+        if unmap and self.keeps_places:
+            self._discard_kept(start + self._cluster_mask >> self._cluster_bits, stop >> self._cluster_bits)
         return start, max(0, min(stop, offset + length) - start)
 
     def _zero_bytes(self, offset: int, length: int, unmap: bool) -> tuple[int, int]:
@@ -347,15 +350,37 @@ class SubclusterWriter(PackingWriter):
         start, stop = self._whole_units(offset, length)
         table_shift = self._cluster_bits + self.geometry.l2_bits
         over = bool(self.header.backing_file)
-        change = _discarded_over if over else _discarded
+
+        def change(state: _State, parts: int) -> tuple[bool, int, int]:
+            keeps, alloc, zero = (_discarded_over if over else _discarded)(state, parts)
+            return keeps or (self.keeps_places and state.place >= 0), alloc, zero
+
         while start < stop:
             if not over and not self.map.l1[start >> table_shift]:
                 start = (start >> table_shift) + 1 << table_shift
                 continue
             end = min(stop, (start >> self._cluster_bits | self._index_mask) + 1 << self._cluster_bits)
-            if self.growing(lambda start=start, end=end: self._alter(start, end, change, True)):  # type: ignore[misc]
+            if self.growing(lambda start=start, end=end: self._alter(start, end, change, Cause.REQUEST)):  # type: ignore[misc]
                 self.checkpoint()
+            if self.keeps_places:
+                self._discard_kept(start + self._cluster_mask >> self._cluster_bits, end >> self._cluster_bits)
             start = end
+
+    def _discard_kept(self, first: int, end: int) -> None:
+        """As ``Writer._discard_kept``. Of data files the space has been given up under the lock."""
+        if Cause.REQUEST not in self.told or self.data_file is not None or first >= end:
+            return
+        runs: list[tuple[int, int]] = []
+        with self.lock:
+            items = self.map.load(first >> self.geometry.slice_bits)
+            if items is None:
+                return
+            for cluster in range(first, end):
+                state = self._state(cluster, *self.map.words(items, cluster & self._index_mask))
+                if state.place >= 0 and not state.alloc and state.entry & COPIED:
+                    runs.append((state.place, self._cluster_size))
+        for place, length in runs:
+            self.file.discard(place, length)
 
     def _whole_units(self, offset: int, length: int) -> tuple[int, int]:
         """The guest range of whole subclusters, or clusters, within a range; the disk's last one counts as whole."""
@@ -385,9 +410,10 @@ class SubclusterWriter(PackingWriter):
             if state.entry & COMPRESSED:
                 return False, 0, zero
             shared = self.data_file is None and not state.entry & COPIED
-            return bool(alloc) or not (unmap or (shared and zero == ALL_SUBCLUSTERS)), alloc, zero
+            gives = unmap and not self.keeps_places
+            return bool(alloc) or not (gives or (shared and zero == ALL_SUBCLUSTERS)), alloc, zero
 
-        return start, stop, self._alter(start, stop, zeroed, unmap)
+        return start, stop, self._alter(start, stop, zeroed, Cause.REQUEST if unmap else Cause.OTHER)
 
     def _compressed(self, cluster: int) -> bool:
         items = self.map.load(cluster >> self.geometry.slice_bits)
@@ -396,7 +422,7 @@ class SubclusterWriter(PackingWriter):
     def _await_none_open(self, start: int, stop: int) -> None:
         self._turns.wait_for_all(start >> self._cluster_bits, ((stop - 1) >> self._cluster_bits) + 1)
 
-    def _alter(self, start: int, stop: int, new: _Change, unmap: bool) -> bool:
+    def _alter(self, start: int, stop: int, new: _Change, cause: Cause) -> bool:
         """Changes the entries of a range of units within one slice. Tells whether changed tables are overdue."""
         self._await_none_open(start, stop)
         first, words = start >> self._cluster_bits, self.geometry.entry_words
@@ -417,9 +443,9 @@ class SubclusterWriter(PackingWriter):
                     given_up.append(state.entry)
                 if state.alloc & ~alloc:
                     emptied.append((cluster, state.alloc & ~alloc))
-        if unmap and self.data_file is not None:
+        if cause is Cause.REQUEST and cause in self.told and self.data_file is not None:
             self._empty(self.data_file, emptied)
-        if self._raw and new is _discarded:
+        if self._raw and new is not _gone:
             return False  # the map goes on to say data, of bytes that the data file may have forgotten
         if changed == items[low * words : (low + count) * words]:
             return False
@@ -429,7 +455,7 @@ class SubclusterWriter(PackingWriter):
         places = self._places.peek(number)
         if places is not None:
             places[2 * low : 2 * (low + count)] = array("Q", bytes(16 * count))
-        self._give_up(given_up, unmap=unmap)
+        self._give_up(given_up, cause)
         return self._overdue()
 
     def _encode(self, words: array[int], at: int, state: _State, keeps: bool, alloc: int, zero: int) -> bool:
@@ -459,10 +485,10 @@ class SubclusterWriter(PackingWriter):
                 if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
                     raise
 
-    def unmap(self, first: int, end: int) -> None:
-        """See ``Writer.unmap``."""
+    def unmap(self, first: int, end: int, cause: Cause) -> None:
+        """See ``Writer.unmap``. What a data file has there stays: it may be needed until the map is durable."""
         start, stop = first << self._cluster_bits, end << self._cluster_bits
-        if self.growing(lambda: self._alter(start, stop, _gone, self.data_file is None)):
+        if self.growing(lambda: self._alter(start, stop, _gone, cause)):
             self.checkpoint()
 
 

@@ -18,7 +18,7 @@ from diskwright.extents import DATA, Extent
 from diskwright.formats.qcow2.header import Header
 from diskwright.formats.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK, ZERO
 from diskwright.formats.qcow2.mapping import Mapping
-from diskwright.formats.qcow2.ordering import Ordering
+from diskwright.formats.qcow2.ordering import Cause, Ordering
 from diskwright.formats.qcow2.refcounts import Refcounts
 
 _MOST_CLUSTERS: Final = 65536
@@ -247,7 +247,7 @@ class Writer(Ordering):
             if not flags & ZERO:
                 self._places_of(number)[low : high + 1] = steps(start, size, len(old))
             if not placed.kept and any(old):
-                self._give_up(old, unmap=False)
+                self._give_up(old, Cause.OTHER)
             self._close(placed)
             overdue = self._overdue()
         if overdue:
@@ -318,7 +318,7 @@ class Writer(Ordering):
             self.map.l2.mark_all(number)
         self._set_l1(index, host, COPIED)
         self.metadata.remove(old)
-        self._give_up_runs([(old, 1)], unmap=False)
+        self._give_up_runs([(old, 1)], Cause.OTHER)
 
     # -- zeros and discards --------------------------------------------------------------------------
 
@@ -357,7 +357,7 @@ class Writer(Ordering):
     def _discard_kept(self, first: int, end: int) -> None:
         """Tells the file to discard what clusters of one slice, which read as zeros now, keep as their place. No lock
         is held: a write to them meanwhile would be one beside a discard of the same range, which has no order."""
-        if not self.pass_requests:
+        if Cause.REQUEST not in self.told:
             return
         with self.lock:
             items = self.map.load(first >> self.geometry.slice_bits)
@@ -381,7 +381,7 @@ class Writer(Ordering):
                 return ZERO if entry & ZERO or self.backed else 0
             return entry | ZERO if entry & COPIED and (self.keeps_places or not unmap) else ZERO
 
-        return self._change(first, end, zeroed, unmap)
+        return self._change(first, end, zeroed, Cause.REQUEST if unmap else Cause.OTHER)
 
     def _discard(self, first: int, end: int) -> bool:
         gone = ZERO if self.header.version >= 3 else 0
@@ -392,9 +392,9 @@ class Writer(Ordering):
                 return entry | ZERO
             return gone if over or entry & COMPRESSED or entry & OFFSET_MASK else entry
 
-        return self._change(first, end, discarded, True)
+        return self._change(first, end, discarded, Cause.REQUEST)
 
-    def _change(self, first: int, end: int, new: Callable[[int], int], unmap: bool) -> bool:
+    def _change(self, first: int, end: int, new: Callable[[int], int], cause: Cause) -> bool:
         """Gives guest clusters of one slice the entries ``new`` makes of their old ones. Tells whether changed
         tables are overdue to be written."""
         self._turns.wait_for_all(first, end)
@@ -414,15 +414,15 @@ class Writer(Ordering):
         places = self._places.peek(number)
         if places is not None:
             places[low : high + 1] = array("Q", bytes(8 * len(old)))
-        self._give_up((entry for entry in old if not _same_place(entry, results[entry])), unmap=unmap)
+        self._give_up((entry for entry in old if not _same_place(entry, results[entry])), cause)
         return self._overdue()
 
-    def unmap(self, first: int, end: int) -> None:
-        """Takes guest clusters of one slice off the map. For a disk that changes its size."""
-        if self.growing(lambda: self._change(first, end, lambda entry: 0, True)):
+    def unmap(self, first: int, end: int, cause: Cause) -> None:
+        """Takes guest clusters of one slice off the map. For a disk that changes its size, or is emptied."""
+        if self.growing(lambda: self._change(first, end, lambda entry: 0, cause)):
             self.checkpoint()
 
-    def drop_tables(self, first: int) -> None:
+    def drop_tables(self, first: int, cause: Cause) -> None:
         """Takes the L2 tables from L1 entry ``first`` on, which map nothing any more, off the L1 table."""
         with self.lock:
             for index in range(first, len(self.map.l1)):
@@ -433,14 +433,14 @@ class Writer(Ordering):
                     self._set_l1(index, 0, 0)
                     self._owned.discard(index)
                     self.metadata.remove(table >> self._cluster_bits)
-                    self._give_up_runs([(table >> self._cluster_bits, 1)], unmap=True)
+                    self._give_up_runs([(table >> self._cluster_bits, 1)], cause)
 
     def drop_blocks(self) -> None:
         """Takes refcount blocks that have become empty off the refcount table."""
         with self.flush_lock, self.lock:
             for host in self.refcounts.drop_empty_blocks():
                 self.metadata.remove(host)
-                self._give_up_runs([(host, 1)], unmap=False)
+                self._give_up_runs([(host, 1)], Cause.OTHER)
 
 
 def steps(start: int, step: int, count: int) -> array[int]:
