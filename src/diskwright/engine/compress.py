@@ -10,7 +10,7 @@ from diskwright.core.leases import Leases
 from diskwright.core.node import Node
 from diskwright.core.status import status
 from diskwright.engine.clock import Clock
-from diskwright.engine.convert import Conversion, coding_workers, copy_failed
+from diskwright.engine.convert import Conversion, coding_workers, copy_failed, read_salvaging
 from diskwright.engine.copy import CHUNK, Copier, Range, ReadFailed, WriteFailed, run_plan
 from diskwright.engine.lookup import ABSENT, Run, lookup
 from diskwright.engine.zeros import is_zero, zero_runs
@@ -26,9 +26,12 @@ class CompressingCopier(Copier):
     """A ``Copier`` whose ranges are whole clusters of the target. A cluster that holds data anywhere is compressed as a
     whole; one of zeros is left out or zeroed, or, without ``sparse``, compressed too."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(
+        self, *arguments: Any, unreadable: Callable[[int, Exception], None] | None = None, **options: Any
+    ) -> None:
         super().__init__(*arguments, **options)
         self.unit = self.target.cluster_size
+        self._unreadable = unreadable
 
     def copy(
         self, ranges: Sequence[Range], buffer: memoryview, clock: Clock, turn: Callable[[], None] | None = None
@@ -67,7 +70,7 @@ class CompressingCopier(Copier):
 
     def _compress(self, batch: list[Segment], clock: Clock, turn: Callable[[], None] | None) -> None:
         try:
-            self.source.readv(batch)
+            read_salvaging(self.source, batch, self._unreadable)
         except (OSError, DiskwrightError) as error:
             raise ReadFailed from error
         clock.lap("read")
@@ -202,6 +205,7 @@ class CompressedConversion(Conversion):
             target_zero=self.target_is_zero,
             base=base,
             offset_in_target=start,
+            unreadable=self.unreadable,
         )
         zeros = not self.target_is_zero or not self.sparse
         run_plan(
@@ -233,7 +237,8 @@ class CompressedConversion(Conversion):
                 if base is not None and {kind for _, _, kind in runs} == {ABSENT} and end <= base.size:
                     self._edge = None  # only ``base`` has it
                     return
-                source.readv([(begin, memoryview(self._edge)[inside : inside + end - begin])])
+                piece = memoryview(self._edge)[inside : inside + end - begin]
+                read_salvaging(source, [(begin, piece)], self.unreadable)
         except (OSError, DiskwrightError) as error:
             failure = ReadFailed()
             failure.__cause__ = error

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Final, NoReturn
 
+from diskwright.core.driver import Segments
 from diskwright.core.leases import Leases
 from diskwright.core.node import Node
 from diskwright.engine.clock import Clocks
@@ -127,12 +128,8 @@ class Conversion:
         sector = memoryview(bytearray(SECTOR))
         for at in range(offset, offset + length, SECTOR):
             piece = sector[: min(SECTOR, offset + length - at)]
-            try:
-                with self.leases.held():
-                    source.readv([(at, piece)])
-            except (OSError, DiskwrightError) as lost:
-                self.unreadable(at, lost)
-                piece[:] = bytes(len(piece))
+            with self.leases.held():
+                read_salvaging(source, [(at, piece)], self.unreadable)
             try:
                 with self.leases.held():
                     self.target.writev([(start + at, piece)])
@@ -155,6 +152,24 @@ class Conversion:
     def _reached(self, position: int) -> None:
         with self._lock:
             self._position = max(self._position, position)
+
+
+def read_salvaging(source: Node, segments: Segments, unreadable: Callable[[int, Exception], None] | None) -> None:
+    """``source.readv``; but with ``unreadable``, which is told of each, sectors that cannot be read become zeros."""
+    try:
+        return source.readv(segments)
+    except (OSError, DiskwrightError):
+        if unreadable is None:
+            raise
+    for offset, buffer in segments:
+        for at in range(0, len(buffer), SECTOR):
+            piece = buffer[at : at + SECTOR]
+            try:
+                source.readv([(offset + at, piece)])
+            except (OSError, DiskwrightError) as lost:
+                unreadable(offset + at, lost)
+                piece[:] = bytes(len(piece))
+    return None
 
 
 def coding_workers() -> int:

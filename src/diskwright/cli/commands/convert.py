@@ -153,11 +153,7 @@ def run(args: argparse.Namespace) -> int:
 
             check_target(target)
         new = not args.existing or args.target_is_zero
-        make = (
-            partial(CompressedConversion, in_order=not args.out_of_order)
-            if wish.compress
-            else partial(Conversion, unreadable=_Salvage(quiet=args.quiet) if args.salvage else None)
-        )
+        make = partial(CompressedConversion, in_order=not args.out_of_order) if wish.compress else Conversion
         work = make(
             target,
             graph.leases,
@@ -167,6 +163,7 @@ def run(args: argparse.Namespace) -> int:
             workers=wish.workers,
             speed=wish.speed,
             stop=lambda: interruption.signal != 0,
+            unreadable=_Salvage(quiet=args.quiet) if args.salvage else None,
         )
         reporter = Reporter.of(args, lambda: Amount(*work.progress()), phase="convert")
         with reporter:
@@ -332,8 +329,6 @@ def _wish(args: argparse.Namespace, options: str) -> Wish:
         raise Failure("--target-image-opts requires use of -n flag")
     if args.salvage and args.offload:
         raise Failure("Cannot use copy offloading in salvaging mode")
-    if args.salvage and args.compress:
-        raise Failure("--salvage cannot be combined with -c yet")
     if len(args.names) < 2:
         raise Failure("Must specify image file name")
     if args.target_image_opts and args.target_format is not None:
