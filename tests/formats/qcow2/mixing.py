@@ -362,7 +362,7 @@ class Mix:
             self._qemu_snapshot()
         if rng.random() < 0.3 and not self.v2:
             self._qemu_bitmap()
-        if rng.random() < 0.3 and not (self.v2 and self.kept):
+        if rng.random() < 0.3 and not (self.v2 and (self.kept or self.below)):  # zeros over a backing file need version 3
             size = self._any_size()
             self.log.append(f"qemu: resize {size}")
             run("qemu-img", "resize", "-q", "--shrink", *self.image(), str(size))
