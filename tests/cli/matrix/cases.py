@@ -170,7 +170,9 @@ def _measure() -> Iterator[str]:
                    "compression_type=zstd", "data_file=x", "size=5M", "cluster_size=x", "help"):  # fmt: skip
         yield f"measure -O qcow2 --size 10G -o {option}"
     yield from _named("measure", "q3")
-    yield from ("measure", "measure -O luks --size 1M", "measure -O bogus --size 1M", "measure --size 1M q3",
+    yield from ("measure", "measure -O luks --size 1M",
+                f"measure --object {SECRET} -O luks -o key-secret=s0 --size 1M",
+                "measure -O bogus --size 1M", "measure --size 1M q3",
                 "measure q3 raw",
                 "measure --image-opts", "measure -f raw", "measure -l one", "measure -l one snap",
                 "measure -l nosuch snap",

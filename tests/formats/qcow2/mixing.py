@@ -362,7 +362,8 @@ class Mix:
             self._qemu_snapshot()
         if rng.random() < 0.3 and not self.v2:
             self._qemu_bitmap()
-        if rng.random() < 0.3 and not (self.v2 and (self.kept or self.below)):  # zeros over a backing file need version 3
+        # Growing writes zeros over what the backing file has, which takes version 3.
+        if rng.random() < 0.3 and not (self.v2 and (self.kept or self.below)):
             size = self._any_size()
             self.log.append(f"qemu: resize {size}")
             run("qemu-img", "resize", "-q", "--shrink", *self.image(), str(size))

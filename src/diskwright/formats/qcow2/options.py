@@ -114,9 +114,7 @@ class Qcow2AmendOptions:
     encrypt_state: str | None = option(
         OneOf("active", "inactive"), "what the key slots shall be", default=None, name="encrypt.state"
     )
-    encrypt_new_secret: Secret | None = option(
-        SECRET, "the passphrase to set", default=None, name="encrypt.new-secret"
-    )
+    encrypt_new_secret: Secret | None = option(SECRET, "the passphrase to set", default=None, name="encrypt.new-secret")
     encrypt_old_secret: Secret | None = option(
         SECRET, "a passphrase: all slots it opens are meant", default=None, name="encrypt.old-secret"
     )
