@@ -16,6 +16,7 @@ from diskwright.core.node import FilterNode
 from diskwright.errors import CorruptImage, OptionError
 from tests.filters.opening import memory, opened
 from tests.filters.scripts import carry_out
+from tests.peers.qemu_img import qemu_img
 
 SIZE = 1 << 20
 
@@ -226,3 +227,39 @@ def test_a_log_that_fails_fails_the_write() -> None:
         node.pwrite(0, b"x")
     with pytest.raises(OSError):
         graph.close()
+
+
+def test_a_crash_after_any_write_leaves_an_image_sound(tmp_path: Path) -> None:
+    """What the log is for: qcow2 at each moment of its life, as far as writes are done in their order."""
+    image, log = tmp_path / "image", tmp_path / "log"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", str(image), "4M")
+    before = image.read_bytes()
+    log.touch()
+    options = {
+        "driver": "qcow2",
+        "file": {
+            "driver": "blklogwrites",
+            "file": {"driver": "file", "filename": str(image)},
+            "log": {"driver": "file", "filename": str(log)},
+        },
+    }
+    graph, node = opened(options)
+    for command in (
+        "write -P 1 0 64k", "write -P 2 3M 5k", "flush", "write -P 3 1000 3000", "discard 3M 1M", "flush",
+        "write -c -P 4 1M 64k", "write -P 5 1M 4k", "flush", "write -z 0 32k", "flush", "truncate 512M", "flush",
+    ):  # fmt: skip
+        carry_out(node, command)
+    graph.close()
+    disk, sound = bytearray(before), 0
+    for sector, count, flags, data in (found := Log(log.read_bytes())):
+        start, length = sector * found.unit, count * found.unit
+        disk += bytes(max(0, start + length - len(disk)))
+        if flags & 1:
+            continue
+        disk[start : start + length] = data if not flags & 4 else bytes(length)
+        (tmp_path / "then").write_bytes(disk)
+        done = qemu_img("check", "-q", str(tmp_path / "then"), check=False)
+        assert done.returncode in (0, 3), (sector, count, done.stdout, done.stderr)
+        sound += 1
+    assert sound >= 20
+    assert bytes(disk[: image.stat().st_size]) == image.read_bytes()
