@@ -52,9 +52,9 @@ def set_breakpoint(session: Session, words: list[str]) -> None:
 def remove_breakpoint(session: Session, words: list[str]) -> None:
     (tag,) = words
     note_suspensions(session)
-    _ask(session, f"Could not remove breakpoint {tag}", lambda at: at.remove_breakpoint(tag))
     if session.tags.pop(tag, False):
-        print(f"blkdebug: Resuming request '{tag}'")
+        print(f"blkdebug: Resuming request '{tag}'")  # the breakpoint itself is gone since then, and that is told too
+    _ask(session, f"Could not remove breakpoint {tag}", lambda at: at.remove_breakpoint(tag))
 
 
 def resume(session: Session, words: list[str]) -> None:

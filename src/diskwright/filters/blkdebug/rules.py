@@ -171,14 +171,15 @@ class Rules:
             self._breakpoints.append(_Breakpoint(event, tag, self.state))
 
     def remove_breakpoint(self, tag: str) -> None:
-        """Removes what ``tag`` names and lets its requests go on. Raises OSError with ENOENT when there is nothing."""
+        """Removes the breakpoints of ``tag`` and lets its requests go on. Raises OSError with ENOENT when there are no
+        such breakpoints any more; one is gone as soon as a request is suspended by it."""
         with self._lock:
             kept = [each for each in self._breakpoints if each.tag != tag]
-            going = [each for each in self._suspended if each.tag == tag]
-            if len(kept) == len(self._breakpoints) and not going:
-                raise OSError(errno.ENOENT, f"There is no breakpoint '{tag}'")
+            found = len(kept) < len(self._breakpoints)
             self._breakpoints = kept
-            self._let_go(going)
+            self._let_go([each for each in self._suspended if each.tag == tag])
+        if not found:
+            raise OSError(errno.ENOENT, f"There is no breakpoint '{tag}'")
 
     def resume(self, tag: str) -> None:
         """Lets the request suspended last under ``tag`` go on. Raises OSError with ENOENT when there is none."""
