@@ -442,17 +442,17 @@ class FormatConformance:
         disk = self.open(path)
         disk.pwrite(0, b"k" * 100_000)
         disk.flush()
-        form = format_of(disk.node)
-        file = form.children[form.data_child]
-        genuine = file._writev
+        files = [(child, child._writev) for child in format_of(disk.node).children]
 
         def broken(segments: object) -> None:
             raise OSError(errno.ENOSPC, "made to fail")
 
-        file._writev = broken  # type: ignore[method-assign]
+        for file, _ in files:
+            file._writev = broken  # type: ignore[method-assign]
         with pytest.raises(OSError, match="made to fail"):
             disk.pwrite(500_000, b"x" * 100_000)
-        file._writev = genuine  # type: ignore[method-assign]
+        for file, genuine in files:
+            file._writev = genuine  # type: ignore[method-assign]
         disk.pwrite(700_000, b"y" * 1000)
         assert disk.pread(0, 100_000) == b"k" * 100_000
         disk.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from diskwright.core.create import create_image
 from diskwright.core.gate import DirectoryGate
 from tests.conformance.format_suite import SIZE, FormatConformance
@@ -146,6 +148,39 @@ class TestVmdk(FormatConformance):
     can_check = False
     can_grow = False
     model_examples = 15
+
+
+class TestVmdkZeroedGrains(TestVmdk):
+    create_options = {"zeroed-grain": True}
+
+
+class _VmdkFiles(TestVmdk):
+    """Disks of several files, of 300 KiB each where they are split."""
+
+    model_examples = 10
+
+    @pytest.fixture(autouse=True)
+    def short_files(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("diskwright.formats.vmdk.create._STEP", 300 << 10)
+
+    def make(self, path: Path, size: int = SIZE, **options: object) -> Path:
+        names = {key.replace("-", "_"): value for key, value in {**self.create_options, **options}.items()}
+        create_image(str(path), "vmdk", {"size": size, **names}, gate=DirectoryGate())
+        return path
+
+
+class TestVmdkFlat(_VmdkFiles):
+    create_options = {"subformat": "monolithicFlat"}
+    sparse = False
+
+
+class TestVmdkSplitSparse(_VmdkFiles):
+    create_options = {"subformat": "twoGbMaxExtentSparse"}
+
+
+class TestVmdkSplitFlat(_VmdkFiles):
+    create_options = {"subformat": "twoGbMaxExtentFlat"}
+    sparse = False
 
 
 class TestVdiStatic(TestVdi):

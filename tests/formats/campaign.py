@@ -94,6 +94,10 @@ class Campaign:
         )
         return recording.contents()["file"]
 
+    def created_files(self, size: int | None = None) -> dict[str, bytes]:
+        """The bytes of every file of a new image, by role; ``file`` is the image itself."""
+        return {"file": self.created(size)}
+
     def make(self, path: Path, *, by_qemu: bool, size: int | None = None) -> Path:
         if by_qemu:
             words = ["-o", self.qemu_options] if self.qemu_options else []
@@ -163,7 +167,8 @@ class Campaign:
     @pytest.mark.parametrize("seed", range(30 if LONG else 2))
     def test_a_crash_costs_nothing_that_was_flushed(self, seed: int) -> None:
         chance = random.Random(f"{self.format_name} {seed}")
-        with Workload(self.created(self.crash_size), opener=self.opener) as work:
+        files = self.created_files(self.crash_size)
+        with Workload(files.pop("file"), opener=self.opener, **files) as work:
             work.play(chance, 40, actions=self.crash_actions)
         work.verify(chance, most=0 if LONG else 25, each=1)
 

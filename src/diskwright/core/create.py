@@ -76,7 +76,7 @@ class Plan:
         taken = {identity(self.filename)}
         if self.given.get("backing_file"):
             taken.add(identity(resolve(str(self.given["backing_file"]), self.filename)))
-        for part in driver.create_parts(self.format_options):
+        for part in driver.create_parts(self.format_options, self.filename):
             if not part.filename:
                 raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), "")
             name = resolve(part.filename, self.filename)
@@ -93,7 +93,7 @@ class Plan:
         """The image, and the further files that are made with it."""
         if not issubclass(self.driver, Format):
             return [self.filename]
-        parts = self.driver.create_parts(self.format_options)
+        parts = self.driver.create_parts(self.format_options, self.filename)
         return [self.filename, *(resolve(part.filename, self.filename) for part in parts)]
 
     def _is_plain(self) -> bool:
@@ -119,6 +119,7 @@ class Plan:
             rehearsed = replace(rehearsed, **cheap)
         with _own_graph(None) as graph:
             parts = {role: graph.open({"driver": "memory"}, writable=True) for role in self._parts(driver)}
+            parts.update(self._consulted(graph, driver))
             driver.create_from(graph.open({"driver": "memory"}, writable=True), rehearsed, parts)
 
     def _make_storage(self) -> None:
@@ -152,10 +153,19 @@ class Plan:
                 role: graph.open({"driver": storage.name, **_without_size(values)}, writable=True)
                 for role, (storage, values) in parts.items()
             }
-            driver.create_from(node, self.format_options, made)
+            driver.create_from(node, self.format_options, {**made, **self._consulted(graph, driver)})
             for part in made.values():
                 part.flush()
             node.flush()
+
+    def _consulted(self, graph: Graph, driver: type[Format]) -> dict[str, Node]:
+        """The backing image, open, for a format that looks into it."""
+        name = self.given.get("backing_file")
+        if not name or not driver.consults_backing:
+            return {}
+        format = cast("str | None", self.given.get("backing_fmt"))
+        spec = resolve(str(name), self.filename)
+        return {"backing": graph.open(spec, driver=format, force_share=True, backing=False, guest_data=False)}
 
     def _open_storage(self, graph: Graph) -> Node:
         values = {"driver": self.storage.name, **self.storage.parse_filename(self.filename)}

@@ -342,6 +342,8 @@ class Format(ABC):
     amend_options: ClassVar[type] = NoOptions
     has_backing: ClassVar[bool] = False
     """Whether UNALLOCATED ranges may be answered by a backing node."""
+    consults_backing: ClassVar[bool] = False
+    """Whether ``create_from`` has to look into the backing image, for an identity of it that it records."""
     suffixes: ClassVar[tuple[str, ...]] = ()
     """File name endings this format usually has; only a hint, never proof."""
 
@@ -400,13 +402,15 @@ class Format(ABC):
         raise not_supported(f"Format '{cls.name}' cannot create")
 
     @classmethod
-    def create_parts(cls, options: Any) -> Sequence[Part]:
-        """The further files that ``create_from`` with these options needs. They need not be sensible yet."""
+    def create_parts(cls, options: Any, filename: str) -> Sequence[Part]:
+        """The further files that ``create_from`` with these options needs for the image ``filename``. The options need
+        not be sensible yet. Raises LimitExceeded."""
         return ()
 
     @classmethod
     def create_from(cls, file: Node, options: Any, parts: Mapping[str, Node]) -> None:
-        """``create`` with the further files that ``create_parts`` asked for, by role."""
+        """``create`` with the further files that ``create_parts`` asked for, by role; and, with ``consults_backing``,
+        the backing image as ``backing``."""
         cls.create(file, options)
 
     @classmethod
@@ -414,6 +418,10 @@ class Format(ABC):
         """How large a new image with the create ``options`` will be: an empty one, or a copy of ``source``, whose
         size ``options.size`` then is. Nothing is created. Raises OptionError or LimitExceeded as ``create`` does."""
         raise not_supported(f"Block driver '{cls.name}' does not support size measurement")
+
+    def accept_backing(self, backing: Node) -> None:
+        """Called when ``backing`` has been opened to lie beneath this image. Raises ImageError when what the image
+        records of its backing image shows that this is not it, or that it has changed since."""
 
     def stored_bitmaps(self) -> Sequence[tuple[int, str]] | None:
         """``(granularity, name)`` of the persistent bitmaps the image holds, whatever state they are in; None when it

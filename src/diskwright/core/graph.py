@@ -326,6 +326,7 @@ class Graph:
             except DiskwrightError as error:
                 _below(error, len(chain))
                 raise
+        node.format.accept_backing(backing)
         node.backing = backing
         self._hold(backing)
 

@@ -334,7 +334,7 @@ class Qcow2(Format, Snapshots):
         create(file, options)
 
     @classmethod
-    def create_parts(cls, options: Qcow2CreateOptions) -> tuple[Part, ...]:
+    def create_parts(cls, options: Qcow2CreateOptions, filename: str) -> tuple[Part, ...]:
         if options.data_file is None:
             return ()
         return (Part(DATA_FILE_ROLE, options.data_file),)

@@ -1,226 +1,219 @@
-"""vmdk: the driver, for images in one sparse file (monolithicSparse).
+"""vmdk: the driver. A disk is its descriptor and its extents, one after the other; each extent is a map of its own.
 
-A directory names tables of 512 entries, each the sector where a grain lies. Directory and tables are there twice; a
-change goes to both. Each time an image is opened and written to it gets another CID, before its contents change, so
-that a child that was made of it notices.
+Each time an image is opened and written to it gets another CID, before its contents change, so that a child that was
+made of it notices.
 """
 
 from __future__ import annotations
 
-import os
+import threading
 from bisect import bisect_right
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
-from diskwright.core.blockmap import NOWHERE, ZEROS, DirectoryMap
-from diskwright.core.driver import Info, OpenContext
-from diskwright.core.options import BOOL, SIZE, STR, OneOf, option
-from diskwright.core.tables import Directory, Piece
-from diskwright.errors import CorruptImage, LimitExceeded, OptionError
-from diskwright.formats.vmdk import descriptor
-from diskwright.formats.vmdk.header import MAGIC, OTHERS, REDUNDANT, TABLE_ENTRIES, ZEROED, Header, plan, read_header
-from diskwright.units import SECTOR
+from diskwright.core.driver import BackingHint, Format, Info, OpenContext, Reservation
+from diskwright.core.driver import Part as File
+from diskwright.errors import ImageError
+from diskwright.extents import DATA, Extent, Extents
+from diskwright.formats.vmdk import create as creation
+from diskwright.formats.vmdk import descriptor, opening
+from diskwright.formats.vmdk.header import COWD, MAGIC
+from diskwright.units import KiB
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from diskwright.core.node import Node
-
-_TABLE: Final = TABLE_ENTRIES * 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class VmdkCreateOptions:
-    size: int = option(SIZE, "virtual disk size")
-    adapter_type: str = option(OneOf("ide", "lsilogic", "buslogic", "legacyESX"), "adapter type", default="ide")
-    compat6: bool = option(BOOL, "hardware version 6", default=False)
-    hwversion: str = option(STR, "hardware version", default="undefined")
-    toolsversion: str = option(STR, "version of VMware's guest tools", default="2147483647")
-    subformat: str = option(OneOf("monolithicSparse"), "kind of image", default="monolithicSparse")
-    zeroed_grain: bool = option(BOOL, "grains of zeros take no space", default=False)
+    from diskwright.formats.vmdk.part import Part
 
 
-class Vmdk(DirectoryMap):
+class Vmdk(Format):
     """One open VMDK image."""
 
     name = "vmdk"
-    create_options = VmdkCreateOptions
+    create_options = creation.VmdkCreateOptions
     suffixes = (".vmdk",)
+    has_backing = True
+    consults_backing = True
 
-    def __init__(self, file: Node, header: Header) -> None:
-        self.header = header
-        raw = file.pread(header.descriptor_offset * SECTOR, header.descriptor_size * SECTOR)
-        self.descriptor = descriptor.parse(file.filename, raw)
-        count = header.tables
-        self._has_zeroed = bool(header.flags & ZEROED)
-        if self._has_zeroed:
-            self.zero_entry = 1
-        directory = Directory(file, "gdOffset", header.gd_offset * SECTOR, count, typecode="I", byteorder="little")
-        self._redundant: Directory | None = None
-        if header.flags & REDUNDANT:
-            self._redundant = Directory(
-                file, "rgdOffset", header.rgd_offset * SECTOR, count, typecode="I", byteorder="little"
-            )
-        self._twins: list[tuple[int, int]] = []
-        super().__init__(
-            file, header.capacity * SECTOR, header.grain_size * SECTOR, directory=directory,
-            table_entries=TABLE_ENTRIES, typecode="I", byteorder="little",
-            first_place=(header.descriptor_offset + header.descriptor_size) * SECTOR,
-        )  # fmt: skip
+    def __init__(self, children: Sequence[Node], place: descriptor.Place, about: descriptor.Descriptor,
+                 parts: Sequence[tuple[Part, int]]) -> None:  # fmt: skip
+        """``parts`` are the extents, in their order, each with the index of its file among the children."""
+        self.children = tuple(children)
+        self.roles = tuple(f"extents.{i}" for i in range(len(children) - 1))  # type: ignore[misc]
+        self.path = self.children[0].filename
+        self.descriptor, self._place = about, place
+        self.parts = tuple(part for part, _ in parts)
+        self._child = [child for _, child in parts]
+        *self._starts, self.size = accumulate((part.size for part in self.parts), initial=0)
+        self.cluster_size = max((part.cluster_size for part in self.parts), default=1)
+        self.holes = self.parts[0].holes if len(self.parts) == 1 else "never"  # who looks, looks in one file
+        if about.has_parent and about.parent_hint:
+            self.backing = BackingHint(about.parent_hint, "vmdk")
+        self._lock = threading.Lock()
+        self._changed = False
+        for part in self.parts:
+            part.before_change = self._renew_cid
+        if len(parts) == 1:
+            self._be(self.parts[0], self._child[0])
+
+    def _be(self, part: Part, child: int) -> None:
+        """The disk is one extent: who asks the one may as well ask the other."""
+        self.data_child = child
+        self.in_place = part.in_place  # type: ignore[method-assign]
+        if child == getattr(part, "child", 0):
+            for name in ("extent_at", "extents", "reserve", "zero", "discard", "decode"):
+                setattr(self, name, getattr(part, name))
 
     @staticmethod
     def probe(head: bytes, filename: str) -> int:
-        return 100 if head.startswith((MAGIC, *OTHERS)) else 0
+        return 100 if head.startswith((MAGIC, COWD)) or descriptor.is_descriptor(head[: 2 * KiB]) else 0
 
     @classmethod
     def open(cls, context: OpenContext, options: Any) -> Vmdk:
-        return cls(context.file, read_header(context.file))
+        return cls(*opening.open_image(context))
 
-    # -- what an entry means -----------------------------------------------------------------------
+    # -- the map -----------------------------------------------------------------------------------
 
-    def place_of(self, entry: int) -> int:
-        if entry == 0:
-            return NOWHERE
-        return ZEROS if entry == 1 and self._has_zeroed else entry * SECTOR
+    def extent_at(self, offset: int, length: int) -> Extent:
+        at = bisect_right(self._starts, offset) - 1
+        part, start = self.parts[at], self._starts[at]
+        inside = offset - start
+        run = part.extent_at(inside, min(length, part.size - inside))
+        return Extent(offset, run.length, run.kind, run.file_offset, self._child[at], run.stored)
 
-    def places_of(self, entries: NDArray[Any]) -> NDArray[np.int64]:
+    def extents(self, offset: int, length: int) -> Extents:
         import numpy as np
 
-        places = entries.astype(np.int64) * SECTOR
-        places[entries == 0] = NOWHERE
-        if self._has_zeroed:
-            places[entries == 1] = ZEROS
-        return places
+        found, end = [], offset + length
+        while offset < end:
+            at = bisect_right(self._starts, offset) - 1
+            part, start = self.parts[at], self._starts[at]
+            runs = part.extents(offset - start, min(end - start, part.size) - (offset - start)).shift(start)
+            child = np.full(len(runs), self._child[at], np.int16)
+            found.append(Extents(runs.offset, runs.length, runs.kind, runs.file_offset, child, runs.stored))
+            offset = start + part.size
+        return Extents.join(found)
 
-    def entry_for(self, place: int) -> int:
-        if place // SECTOR > 0xFFFFFFFF:
-            raise LimitExceeded(f"{self.path}: has no room for another grain: places end at 2 TiB")
-        return place // SECTOR
+    def decode(self, extent: Extent, raw: memoryview, into: memoryview) -> None:
+        at = bisect_right(self._starts, extent.offset) - 1
+        self.parts[at].decode(extent._replace(offset=extent.offset - self._starts[at]), raw, into)
 
-    def table_place(self, entry: int) -> int:
-        return entry * SECTOR or -1
+    def reserve(self, offset: int, length: int) -> Reservation:
+        at = bisect_right(self._starts, offset) - 1
+        part, start = self.parts[at], self._starts[at]
+        made = part.reserve(offset - start, min(length, part.size - (offset - start)))
+        return _Moved(made, start, self._child[at])
 
-    def table_entry(self, place: int) -> int:
-        return self.entry_for(place)
+    def zero(self, offset: int, length: int, *, unmap: bool) -> tuple[int, int]:
+        """See ``Format.zero``. What has a place in a file is zeroed there, when that is quick: ``in_place`` cannot tell
+        in which of many files that is."""
+        at = bisect_right(self._starts, offset) - 1
+        part, start = self.parts[at], self._starts[at]
+        inside = min(length, part.size - (offset - start))
+        begin, covered = part.zero(offset - start, inside, unmap=unmap)
+        if covered:
+            return begin + start, covered
+        run = part.extent_at(offset - start, inside)
+        if run.kind == DATA and part.in_place(run.offset, run.length) == run.file_offset:
+            try:
+                self.children[self._child[at]].write_zeros(run.file_offset, run.length, unmap=unmap, fast=True)
+            except OSError:
+                return offset, 0  # written out, it will tell what is wrong
+            return offset, run.length
+        return offset, 0
 
-    # -- the second directory and its tables -------------------------------------------------------
+    def discard(self, offset: int, length: int) -> None:
+        end = offset + length
+        while offset < end:
+            at = bisect_right(self._starts, offset) - 1
+            part, start = self.parts[at], self._starts[at]
+            inside = min(end - start, part.size) - (offset - start)
+            part.discard(offset - start, inside)
+            offset += inside
 
-    def tables(self) -> Iterator[tuple[int, int]]:
-        yield from super().tables()
-        size = len(self.directory.entries) * 4
-        for table in (self.directory, self._redundant):
-            if table is not None:
-                yield table.offset, table.offset + size
-        if self._redundant is not None:
-            for entry in self._redundant.entries:
-                if entry:
-                    yield entry * SECTOR, entry * SECTOR + _TABLE
+    def flush(self) -> None:
+        for part in self.parts:
+            part.flush()
+        if not self.parts or self.children[0] not in self.parts[0].children:
+            self.children[0].flush()
 
-    def _survey(self) -> None:
-        super()._survey()
-        ranges = sorted(self.tables())
-        for (_, end), (start, _) in pairwise(ranges):
-            if start < end:
-                raise CorruptImage(self.path, "the grain directory", "damaged", None, f"two tables lie at {start:#x}")
-        if ranges and ranges[0][0] < self.first_place:
-            raise CorruptImage(self.path, "the grain directory", "damaged", None, "a table lies in the descriptor")
-        self._pair()
-        self._renew_cid()
+    def close(self) -> None:
+        for part in self.parts:
+            part.close()
 
-    def _pair(self) -> None:
-        if self._redundant is not None:
-            pairs = zip(self.directory.entries, self._redundant.entries, strict=True)
-            self._twins = sorted((one * SECTOR, two * SECTOR) for one, two in pairs if one and two)
+    def zero_init(self) -> bool:
+        return all(part.zero_init() for part in self.parts)
+
+    # -- the descriptor ----------------------------------------------------------------------------
 
     def _renew_cid(self) -> None:
         """Before anything else changes, and durably."""
-        room = self.header.descriptor_size * SECTOR
-        text = descriptor.with_cid(self.descriptor.text, new_cid())
-        if len(text) > room:
-            raise CorruptImage(self.path, "CID", "damaged", None, "the descriptor has no room for another")
-        self.file.writev([(self.header.descriptor_offset * SECTOR, memoryview(text.ljust(room, b"\0")))])
-        self.file.flush()
+        with self._lock:
+            if not self._changed:
+                self._describe(descriptor.with_cid(self.descriptor.text, creation.new_cid()))
+                self._changed = True
+
+    def _describe(self, text: bytes) -> None:
+        self._place.replace(self.descriptor.text, text)
         self.descriptor = descriptor.parse(self.path, text)
 
-    def add_table(self, index: int) -> None:
-        super().add_table(index)
-        if self._redundant is not None:
-            if not self._redundant.entries[index]:
-                self._redundant.set(index, self.entry_for(self._end))
-                self._end += _TABLE
-            self._pair()
-
-    def _capture(self) -> list[list[Piece]]:
-        tables, directory = super()._capture()
-        if self._redundant is not None:
-            tables += [twin for piece in tables if (twin := self._twin(piece)) is not None]
-            directory += self._redundant.capture()
-        return [tables, directory]
-
-    def _twin(self, piece: Piece) -> Piece | None:
-        """What has to be written to the redundant table. A piece lies within one table."""
-        at = bisect_right(self._twins, (piece[0], 1 << 63)) - 1
-        if at < 0 or piece[0] >= self._twins[at][0] + _TABLE:
-            return None
-        return self._twins[at][1] + piece[0] - self._twins[at][0], piece[1]
-
-    def _settle(self) -> None:
-        super()._settle()
-        if self._redundant is not None:
-            self._redundant.settle()
-
-    def _restore(self) -> None:
-        super()._restore()
-        if self._redundant is not None:
-            self._redundant.restore()
+    def accept_backing(self, backing: Node) -> None:
+        """See ``Format.accept_backing``: a parent has the CID that this image remembers."""
+        wanted, found = self.descriptor.parent_cid, creation.cid_of(backing)
+        if found is None:
+            raise ImageError(f"{self.path}: its parent '{backing.filename}' must be a vmdk image")
+        if not self.descriptor.has_parent:
+            raise ImageError(f"{self.path}: says that it has no parent, so '{backing.filename}' cannot be it")
+        if found != wanted:
+            raise ImageError(
+                f"{self.path}: its parent '{backing.filename}' has the CID {found:08x}, not {wanted:08x} as when this "
+                "image was made: it has changed since, or is another image"
+            )
 
     # -- the rest ----------------------------------------------------------------------------------
 
     def info(self) -> Info:
-        about = self.descriptor
-        extent = {
-            "virtual-size": self.size, "filename": self.path, "cluster-size": self.cluster_size, "format": "",
-        }  # fmt: skip
+        about, embedded = self.descriptor, self._place.room is not None
+        extents = []
+        for part, child in zip(self.parts, self._child, strict=True):
+            row: dict[str, object] = {"compressed": True} if part.compressed else {}
+            row |= {"virtual-size": part.size, "filename": self.children[child].filename if child >= 0 else ""}
+            if part.cluster_size > 1:
+                row["cluster-size"] = part.cluster_size
+            extents.append({**row, "format": "" if embedded else part.kind})
         data = {
-            "cid": about.cid, "parent-cid": about.parent_cid, "create-type": about.create_type, "extents": [extent],
+            "cid": about.cid, "parent-cid": about.parent_cid, "create-type": about.create_type, "extents": extents,
         }  # fmt: skip
-        return Info(cluster_size=self.cluster_size, dirty=False, specific=data)
+        size = self.cluster_size if self.cluster_size > 1 else None
+        return Info(cluster_size=size, dirty=False, specific=data)
 
     @classmethod
-    def create(cls, file: Node, options: VmdkCreateOptions) -> None:
-        if options.compat6 and options.hwversion != "undefined":
-            raise OptionError("compat6 cannot be enabled with hwversion set")
-        for text_given in (os.path.basename(file.filename), options.hwversion, options.toolsversion):
-            if any(mark in text_given for mark in '"\r\n\0'):
-                raise OptionError(f"{text_given!r} has a character that a VMDK descriptor cannot hold")
-        header = plan(options.size, zeroed_grain=options.zeroed_grain)
-        hardware = "6" if options.compat6 else "4" if options.hwversion == "undefined" else options.hwversion
-        text = descriptor.new(
-            os.path.basename(file.filename), header.capacity, new_cid(), adapter=options.adapter_type,
-            hwversion=hardware, tools=options.toolsversion,
-        )  # fmt: skip
-        room = header.descriptor_size * SECTOR
-        if len(text) > room:
-            raise LimitExceeded(f"vmdk: a descriptor of {len(text)} bytes does not fit into {room}")
-        file.resize(header.over_head * SECTOR)
-        file.writev([(SECTOR, memoryview(text))])
-        for at in (header.rgd_offset, header.gd_offset):
-            file.writev([(at * SECTOR, memoryview(_directory(at, header.tables)))])
-        file.writev([(0, memoryview(header.encode()))])
+    def create_parts(cls, options: creation.VmdkCreateOptions, filename: str) -> tuple[File, ...]:
+        return creation.parts(options, filename)
+
+    @classmethod
+    def create(cls, file: Node, options: creation.VmdkCreateOptions) -> None:
+        creation.create(file, options, {})
+
+    @classmethod
+    def create_from(cls, file: Node, options: creation.VmdkCreateOptions, parts: Mapping[str, Node]) -> None:
+        creation.create(file, options, parts)
 
 
-def _directory(at: int, tables: int) -> bytes:
-    import numpy as np
+class _Moved(Reservation):
+    """A reservation of an extent that begins at ``start`` of the disk and lies in ``child``."""
 
-    first = at + -(-tables * 4 // SECTOR)
-    return (np.arange(tables, dtype="<u4") * (_TABLE // SECTOR) + first).astype("<u4").tobytes() or bytes(SECTOR)
+    def __init__(self, inner: Reservation, start: int, child: int) -> None:
+        self._inner = inner
+        self.zeroed = inner.zeroed
+        self.extents = [run._replace(offset=run.offset + start, child=child) for run in inner.extents]
+        self.fills = [run._replace(offset=run.offset + start, child=child) for run in inner.fills]
 
+    def publish(self) -> None:
+        self._inner.publish()
 
-def new_cid() -> int:
-    return int.from_bytes(os.urandom(4), "little") & 0xFFFFFFFE
+    def abort(self) -> None:
+        self._inner.abort()
 
 
 DRIVERS: Final[tuple[Any, ...]] = (Vmdk,)

@@ -11,14 +11,14 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from diskwright.errors import CorruptImage, LimitExceeded, UnsupportedFeature
+from diskwright.formats.vmdk.descriptor import MAX_DESCRIPTOR
 from diskwright.units import SECTOR
 
 if TYPE_CHECKING:
     from diskwright.core.node import Node
 
 MAGIC: Final = b"KDMV"
-OTHERS: Final = {b"COWD": "a VMFS sparse extent", b"# Disk DescriptorFile": "a descriptor of other files"}
-"""What else may be at the beginning, and is known but not supported: it must not be taken for a raw disk."""
+COWD: Final = b"COWD"
 REDUNDANT: Final = 1 << 1
 ZEROED: Final = 1 << 2
 COMPRESSED: Final = 1 << 16
@@ -34,8 +34,6 @@ MAX_TABLES: Final = 1 << 21
 """Tables of an extent at most: 64 TiB with the usual grains, which takes 8 MiB of directory in memory."""
 _MOST_GRAIN: Final = 1 << 17
 """Sectors of a grain at most: 64 MiB."""
-MAX_DESCRIPTOR: Final = 1 << 20
-"""Longest descriptor in bytes; real ones have less than a thousand."""
 _DESCRIPTOR_SECTORS: Final = 20
 _GRAIN: Final = 128
 
@@ -86,10 +84,6 @@ def plan(size: int, *, zeroed_grain: bool) -> Header:
 def read_header(file: Node) -> Header:
     """The header, checked. Raises CorruptImage, UnsupportedFeature or LimitExceeded."""
     path = file.filename
-    head = file.pread(0, min(file.size, 32)) if file.size else b""
-    for start, kind in OTHERS.items():
-        if head.startswith(start):
-            raise UnsupportedFeature(f"{path}: is {kind}, which is not supported")
     if file.size < SECTOR:
         raise CorruptImage(path, "length of the file", file.size, None, "shorter than a VMDK header")
     header = Header(*_HEADER.unpack(file.pread(0, _HEADER.size)))
@@ -110,18 +104,19 @@ def read_header(file: Node) -> Header:
         raise CorruptImage(path, "numGTEsPerGT", header.num_gtes_per_gt, 44, f"it must be {TABLE_ENTRIES}")
     if header.tables > MAX_TABLES:
         raise LimitExceeded(f"{path}: has {header.tables} grain tables; at most {MAX_TABLES} are possible")
-    if not header.descriptor_offset:
-        raise UnsupportedFeature(f"{path}: is one extent of a disk; open the disk's descriptor")
-    if not 1 <= header.descriptor_size <= MAX_DESCRIPTOR // SECTOR:
+    if header.descriptor_size > MAX_DESCRIPTOR // SECTOR:
         raise LimitExceeded(f"{path}: has a descriptor of {header.descriptor_size} sectors")
+    if not header.descriptor_offset or not header.descriptor_size:
+        header.descriptor_offset = header.descriptor_size = 0
     _check_places(file, header)
     return header
 
 
 def _check_places(file: Node, header: Header) -> None:
     size = -(-header.tables * 4 // SECTOR)
-    places = [("gdOffset", header.gd_offset, 56, size), ("descriptorOffset", header.descriptor_offset, 28,
-              header.descriptor_size)]  # fmt: skip
+    places = [("gdOffset", header.gd_offset, 56, size)]
+    if header.descriptor_size:
+        places.append(("descriptorOffset", header.descriptor_offset, 28, header.descriptor_size))
     if header.flags & REDUNDANT:
         places.append(("rgdOffset", header.rgd_offset, 48, size))
     for name, value, at, length in places:

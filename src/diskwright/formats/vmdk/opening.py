@@ -1,0 +1,135 @@
+"""vmdk: opening an image: its descriptor, and the file of each extent that it names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from diskwright.core.gate import resolve
+from diskwright.errors import CorruptImage, LimitExceeded, UnsupportedFeature
+from diskwright.formats.vmdk.descriptor import Descriptor, ExtentLine, Place, is_descriptor, parse
+from diskwright.formats.vmdk.header import COWD, MAX_TABLES, Header, read_header
+from diskwright.formats.vmdk.part import Flat, Part, Zeros
+from diskwright.formats.vmdk.sparse import Sparse
+from diskwright.units import SECTOR, KiB
+
+if TYPE_CHECKING:
+    from diskwright.core.driver import OpenContext
+    from diskwright.core.node import Node
+
+FLAT: Final = ("FLAT", "VMFS")
+_DEVICES: Final = {
+    "VMFSRDM": "a raw device mapping", "VMFSPASSTHROUGHRAWDEVICEMAP": "a raw device mapping",
+    "VMFSRAW": "a raw device", "VMFSRAWDEVICEMAP": "a raw device mapping",
+}  # fmt: skip
+
+Parts = list[tuple[Part, int]]
+
+
+def open_image(context: OpenContext) -> tuple[list[Node], Place, Descriptor, Parts]:
+    """What ``Vmdk`` is made of. Raises CorruptImage, UnsupportedFeature, LimitExceeded."""
+    file = context.file
+    head = file.pread(0, min(file.size, 2 * KiB)) if file.size else b""
+    if is_descriptor(head):
+        place = Place(file, 0, None)
+        about = parse(file.filename, place.read())
+        _check_parent(context, about)
+        children, parts = _Opener(context, about).open()
+        return children, place, about, parts
+    if head.startswith(COWD):
+        raise UnsupportedFeature(f"{file.filename}: is one extent of a disk; open the disk's descriptor")
+    header = read_header(file)
+    if not header.descriptor_size:
+        raise UnsupportedFeature(f"{file.filename}: is one extent of a disk; open the disk's descriptor")
+    place = Place(file, header.descriptor_offset * SECTOR, header.descriptor_size * SECTOR)
+    text = place.read()
+    if not text.strip(b"\0"):
+        raise UnsupportedFeature(f"{file.filename}: is one extent of a disk; open the disk's descriptor")
+    about = parse(file.filename, text)
+    _check_parent(context, about)
+    kinds = [line.kind for line in about.extents]
+    if kinds not in ([], ["SPARSE"]) or bool(kinds) != bool(header.capacity):
+        raise CorruptImage(
+            file.filename, "the extents", kinds or "missing", None, "there must be one, and it must be SPARSE"
+        )
+    return [file], place, about, [(Sparse(file, header, header.capacity * SECTOR), 0)]
+
+
+def _check_parent(context: OpenContext, about: Descriptor) -> None:
+    if about.has_parent and not about.parent_hint and "backing" not in context.given:
+        raise CorruptImage(
+            context.file.filename, "parentFileNameHint", "missing", None,
+            f"it has a parent (parentCID {about.parent_cid:08x}) and does not say which; name it yourself",
+        )  # fmt: skip
+
+
+class _Opener:
+    """Opens the extents of a descriptor."""
+
+    def __init__(self, context: OpenContext, about: Descriptor) -> None:
+        self._context, self._about = context, about
+        self._path = context.file.filename
+        self._children: list[Node] = [context.file]
+        self._by_name: dict[str, int] = {}
+        self._tables = 0
+
+    def open(self) -> tuple[list[Node], Parts]:
+        """The children and, with the index of the child each is in, the parts."""
+        for line in self._about.extents:  # before any file is opened
+            self._check(line)
+        parts = [self._part(line) for line in self._about.extents]
+        if self._context.writable:
+            self._check_overlaps(parts)
+        return self._children, parts
+
+    def _check(self, line: ExtentLine) -> None:
+        what = _DEVICES.get(line.kind.upper())
+        if what is not None:
+            raise UnsupportedFeature(f"{self._path}: an extent is {what} ({line.kind}), which is not supported")
+        if line.kind not in (*FLAT, "SPARSE", "ZERO"):
+            raise UnsupportedFeature(f"{self._path}: an extent is of the type {line.kind[:40]!r}, which is not known")
+        if line.access != "RW" and self._context.writable:
+            raise UnsupportedFeature(
+                f"{self._path}: the extent '{line.filename}' is {line.access}; the disk can only be read"
+            )
+
+    def _part(self, line: ExtentLine) -> tuple[Part, int]:
+        size = line.sectors * SECTOR
+        if line.kind == "ZERO":
+            return Zeros(size), -1
+        child = self._child(line.filename, alone=line.kind not in FLAT)
+        file = self._children[child]
+        if line.kind in FLAT:
+            return Flat(file, line.kind, line.offset * SECTOR, size, child), child
+        return self._sparse(file, size), child
+
+    def _sparse(self, file: Node, size: int) -> Sparse:
+        header: Header = read_header(file)
+        self._tables += header.tables
+        if self._tables > MAX_TABLES:
+            raise LimitExceeded(f"{self._path}: its extents have more than {MAX_TABLES} grain tables together")
+        if header.capacity * SECTOR < size:
+            raise CorruptImage(
+                file.filename, "capacity", header.capacity, 12, f"the descriptor has {size // SECTOR} sectors for it"
+            )
+        return Sparse(file, header, size)
+
+    def _child(self, filename: str, *, alone: bool) -> int:
+        """The index of the child that ``filename`` is; ``alone``: no other extent may be in it."""
+        name = resolve(filename, self._path)
+        at = self._by_name.get(name)
+        if at is not None and not alone:
+            return at
+        if at is not None or name == self._path:
+            raise CorruptImage(self._path, "extent", repr(filename), None, "the file has something else in it already")
+        at = len(self._children)
+        self._children.append(self._context.open_reference(f"extents.{at - 1}", filename, None))
+        self._by_name[name] = at
+        return at
+
+    def _check_overlaps(self, parts: Parts) -> None:
+        end: dict[int, int] = {}
+        flat = [(child, part.start, part.size) for part, child in parts if isinstance(part, Flat)]
+        for child, start, size in sorted(flat):
+            if start < end.get(child, 0):
+                raise CorruptImage(self._path, "extents", "damaged", None, "two of them overlap; it can only be read")
+            end[child] = start + size
