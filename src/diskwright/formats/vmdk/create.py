@@ -76,6 +76,20 @@ def cid_of(node: Node) -> int | None:
     return about.cid if isinstance(about, descriptor.Descriptor) else None
 
 
+def cid_of_file(filename: str, format: str | None) -> int:
+    """The CID of the image ``filename``. Raises ImageError when it is no VMDK, OSError."""
+    from diskwright.core.graph import Graph
+
+    graph = Graph()
+    try:
+        cid = cid_of(graph.open(filename, driver=format, force_share=True, backing=False, guest_data=False))
+    finally:
+        graph.close()
+    if cid is None:
+        raise OptionError("backing_file must be a vmdk image")
+    return cid
+
+
 def parts(options: VmdkCreateOptions, filename: str) -> tuple[Part, ...]:
     """The files beside the descriptor ``filename``, in their order. Raises LimitExceeded."""
     _check_words(options)
@@ -140,7 +154,12 @@ def _check(options: VmdkCreateOptions, *names: str) -> None:
         raise OptionError("compat6 cannot be enabled with hwversion set")
     if options.flat and options.zeroed_grain:
         raise OptionError("Flat image can't enable zeroed grain")
-    for text in (*names, options.hwversion, options.toolsversion):
+    check_texts(*names, options.hwversion, options.toolsversion)
+
+
+def check_texts(*texts: str) -> None:
+    """Raises OptionError when one of them cannot be in a descriptor."""
+    for text in texts:
         if any(mark in text for mark in '"\r\n\0'):
             raise OptionError(f"{text!r} has a character that a VMDK descriptor cannot hold")
 

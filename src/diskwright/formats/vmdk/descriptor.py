@@ -145,6 +145,13 @@ def with_field(text: bytes, name: bytes, value: bytes | None) -> bytes:
     return text[:at] + new + text[at:]
 
 
+def with_parent(text: bytes, parent: tuple[int, str] | None) -> bytes:
+    """The descriptor with another parent, given by its CID and name, or none."""
+    hint = None if parent is None else b'"' + parent[1].encode("utf-8", "surrogateescape") + b'"'
+    text = with_field(text, b"parentFileNameHint", hint)
+    return with_field(text, b"parentCID", b"%x" % (NO_PARENT if parent is None else parent[0]))
+
+
 def with_sectors(text: bytes, sectors: int) -> bytes:
     """The descriptor whose last extent has ``sectors`` sectors."""
     lines = list(re.finditer(rb"^[ \t]*(?:RW|RDONLY)[ \t]+(\d+)[ \t]", text, re.M))

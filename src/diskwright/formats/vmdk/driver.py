@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from diskwright.core.driver import BackingHint, Format, Info, OpenContext, Reservation
 from diskwright.core.driver import Part as File
+from diskwright.core.gate import resolve
 from diskwright.errors import ImageError
 from diskwright.extents import DATA, Extent, Extents
 from diskwright.formats.vmdk import create as creation
 from diskwright.formats.vmdk import descriptor, opening
 from diskwright.formats.vmdk.header import COWD, MAGIC
+from diskwright.formats.vmdk.sparse import Sparse
 from diskwright.units import KiB
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ class Vmdk(Format):
             self.backing = BackingHint(about.parent_hint, "vmdk")
         self._lock = threading.Lock()
         self._changed = False
+        self._parent: Node | None = None
         for part in self.parts:
             part.before_change = self._renew_cid
         if len(parts) == 1:
@@ -169,6 +172,30 @@ class Vmdk(Format):
                 f"{self.path}: its parent '{backing.filename}' has the CID {found:08x}, not {wanted:08x} as when this "
                 "image was made: it has changed since, or is another image"
             )
+
+        self._parent = backing
+
+    def change_backing(self, filename: str | None, format: str | None) -> None:
+        """See ``Format.change_backing``. The new parent is looked into for its CID. Raises ImageError, OSError."""
+        text = self.descriptor.text
+        if filename is None:
+            text = descriptor.with_parent(text, None)
+        else:
+            creation.check_texts(filename)
+            text = descriptor.with_parent(text, (creation.cid_of_file(resolve(filename, self.path), format), filename))
+        self.flush()
+        self._describe(text)
+        self.backing = None if filename is None else BackingHint(filename, "vmdk")
+
+    def make_empty(self) -> None:
+        """See ``Format.make_empty``. The parent has been written to, so it has another CID, which is noted here."""
+        if not all(isinstance(part, Sparse) for part in self.parts):
+            super().make_empty()
+        if self._parent is not None and self.descriptor.parent_hint:
+            parent = (creation.cid_of(self._parent) or descriptor.NO_PARENT, self.descriptor.parent_hint)
+            self._describe(descriptor.with_parent(self.descriptor.text, parent))
+        for part in self.parts:
+            part.make_empty()
 
     # -- the rest ----------------------------------------------------------------------------------
 

@@ -141,3 +141,19 @@ class Sparse(Part, DirectoryMap):
         super()._restore()
         if self._redundant is not None:
             self._redundant.restore()
+
+    # -- the rest ----------------------------------------------------------------------------------
+
+    def make_empty(self) -> None:
+        """See ``Format.make_empty``. The tables stay where they are, full of zeros, and the file ends behind them."""
+        self.survey()
+        self.write_back()
+        with self.flush_lock, self.lock:
+            self.table.clear()
+            directories = [self.directory, *([self._redundant] if self._redundant is not None else [])]
+            for entry in (entry for table in directories for entry in table.entries if entry):
+                self.file.write_zeros(entry * SECTOR, _TABLE)
+            self.file.flush()
+            end = max(end for _, end in self.tables()) if self.size else self.file.size
+            self.file.resize(min(self.file.size, max(end, self.header.over_head * SECTOR)))
+            self._survey()
