@@ -83,7 +83,7 @@ class StoredWriter:
 
     def _encode(self, offset: int, piece: memoryview, unit: int) -> None:
         whole = piece if len(piece) == unit else memoryview(bytes(piece).ljust(unit, b"\0"))
-        stored = self._form.encode(whole)
+        stored = self._form.encode(whole, offset)
         if stored is not None:
             self._units.append((offset, len(stored)))
             self._stored.append(stored)

@@ -232,6 +232,42 @@ def plan(
     return Plan(filename, driver, storage, given, typed, below)
 
 
+def create_in_one_pass(
+    graph: Graph, storage: Storage, format: str, options: Mapping[str, object], opening: Mapping[str, object]
+) -> Node:
+    """A new image in ``storage``, empty and then written from its beginning to its end; opened with ``opening``. The
+    storage is the graph's from now on. Raises OptionError for a format that has to go back and forth, and what ``plan``
+    raises."""
+    pipe = StorageNode(f"#pipe-{id(storage)}", storage, True)
+    graph.adopt(pipe)
+    try:
+        return _created_in(graph, pipe, format, options, opening)
+    finally:
+        graph.release(pipe)
+
+
+def _created_in(
+    graph: Graph, pipe: Node, format: str, options: Mapping[str, object], opening: Mapping[str, object]
+) -> Node:
+    filename = pipe.filename
+    driver = _creatable(format)
+    if not issubclass(driver, Format):
+        raise OptionError(f"'{format}' cannot be written into a pipe")
+    own, _ = _divide(driver, storage_for(filename), opts.flatten(driver.create_options, options))
+    _check_backing_options(driver, filename, own)
+    typed: Any = bind(opts.parse(driver.create_options, own, owner=driver.name), graph.secrets)
+    if driver.create_parts(typed, filename):
+        raise OptionError("an image of several files cannot be written into a pipe")
+    if own.get("backing_file"):
+        raise OptionError("an image with a backing file cannot be written into a pipe")
+    driver.create_from(pipe, typed, {})
+    node = graph.open({"driver": format, "file": pipe.name, **opening}, writable=True)
+    if not node.only_compressed:
+        graph.release(node)
+        raise OptionError(f"this kind of {format} image cannot be written into a pipe, from beginning to end")
+    return node
+
+
 def _creatable(format: str) -> type[Format] | type[Storage]:
     try:
         driver = registry.find(format)

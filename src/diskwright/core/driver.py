@@ -364,6 +364,8 @@ class Format(ABC):
     ``if many`` (when the file takes much less space than it is long)."""
     compresses: bool = False
     """Whether clusters can be written compressed: ``encode`` and ``reserve_stored`` are there."""
+    only_compressed: bool = False
+    """Whether it takes nothing but compressed clusters, each of them once and in the order of the disk."""
     bitmap_store: BitmapStore | None = None
     """Where it keeps named dirty bitmaps; None for a format that has no place for them."""
     linear: int | None = None
@@ -455,9 +457,9 @@ class Format(ABC):
         """
         raise not_supported(f"Format '{self.name}' is read-only")
 
-    def encode(self, data: memoryview) -> bytes | None:
-        """The guest bytes of one whole cluster (the disk's last one filled up with zeros) as they would be stored; None
-        when that is not smaller. Touches nothing but ``data``, and lets other threads run meanwhile."""
+    def encode(self, data: memoryview, offset: int) -> bytes | None:
+        """The guest bytes of the whole cluster at ``offset`` (the disk's last one filled up with zeros) as they would
+        be stored; None when that is not smaller. Touches nothing but ``data``, and lets other threads run meanwhile."""
         raise not_supported(COMPRESSION)
 
     def reserve_stored(self, units: Sequence[tuple[int, int]]) -> Reservation:

@@ -157,6 +157,11 @@ class Node(ABC):
         """Whether ``write_compressed`` is possible."""
         return False
 
+    @property
+    def only_compressed(self) -> bool:
+        """Whether ``write_compressed`` is the only way, in ascending order; see ``Format.only_compressed``."""
+        return False
+
     def write_compressed(self, segments: Segments, *, turn: Callable[[], None] | None = None) -> None:
         """Writes whole clusters, each compressed, or as it is where that makes it no smaller. Segments begin and end
         where clusters do, or at the end of the disk. ``turn`` is called when all have been compressed and nothing has
@@ -539,6 +544,10 @@ class FormatNode(Node):
     def compresses(self) -> bool:
         return self.format.compresses
 
+    @property
+    def only_compressed(self) -> bool:
+        return self.format.only_compressed
+
     def _write_compressed(self, segments: Segments, turn: Callable[[], None] | None) -> None:
         if not self.format.compresses:
             raise not_supported(COMPRESSION)
@@ -742,6 +751,10 @@ class FilterNode(Node):
     @property
     def compresses(self) -> bool:
         return self.filter.child.compresses
+
+    @property
+    def only_compressed(self) -> bool:
+        return self.filter.child.only_compressed
 
     def _write_compressed(self, segments: Segments, turn: Callable[[], None] | None) -> None:
         self.filter.write_compressed(segments, turn)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 TEXT = """# Disk DescriptorFile
@@ -24,3 +26,46 @@ def descriptor(path: Path, *lines: str, kind: str = "twoGbMaxExtentFlat") -> Pat
     """A descriptor with these extent lines."""
     path.write_text(TEXT.format(kind=kind, lines="\n".join(lines)))
     return path
+
+
+def strict(raw: bytes) -> dict[int, bytes]:
+    """Reads a stream as the most exacting of its readers do: once, from its beginning to its end. The grains, by their
+    sector; everything that is told twice has to be the same."""
+    fields = struct.unpack_from("<4sIIQQQQIQQQB4sH", raw)
+    magic, version, flags, capacity, grain, at, length, entries, rgd, gd, over, dirty, newlines, method = fields
+    assert (magic, version, flags, grain, entries, rgd, gd) == (b"KDMV", 3, 0x30001, 128, 512, 0, (1 << 64) - 1)
+    assert (dirty, newlines, method, over) == (0, b"\n \r\n", 1, 128) and not any(raw[79:512])
+    text = raw[at * 512 : (at + length) * 512].rstrip(b"\0").decode()
+    assert 'createType="streamOptimized"' in text and f"RW {capacity} SPARSE" in text
+    place, grains, where = over * 512, {}, {}
+    tables: dict[int, int] = {}
+    while True:
+        sector, size, kind = struct.unpack_from("<QII", raw, place)
+        if size:
+            assert sector % grain == 0 and sector not in grains and sector > max(grains, default=-1)
+            stream = zlib.decompressobj()
+            grains[sector] = stream.decompress(raw[place + 12 : place + 12 + size])
+            assert stream.eof and not stream.unused_data and len(grains[sector]) == grain * 512
+            where[sector] = place // 512
+            end = place + 12 + size
+            place = -(-end // 512) * 512
+            assert not any(raw[end:place])
+            continue
+        data, place = place + 512, place + 512 + sector * 512
+        if kind == 1:
+            assert sector == 4
+            index = max(grains) // (grain * 512)
+            found = struct.unpack_from("<512I", raw, data)
+            assert found == tuple(where.get((index * 512 + i) * grain, 0) for i in range(512))
+            tables[index] = data // 512
+        elif kind == 2:
+            count = -(-capacity // (grain * 512))
+            directory = data // 512
+            assert sector == -(-count * 4 // 512)
+            assert list(struct.unpack_from(f"<{count}I", raw, data)) == [tables.get(i, 0) for i in range(count)]
+        elif kind == 3:
+            footer = struct.unpack_from("<4sIIQQQQIQQQB4sH", raw, data)
+            assert footer == (*fields[:9], directory, *fields[10:]) and sector == 1
+        else:
+            assert kind == 0 and sector == 0 and place == len(raw) and not any(raw[data - 512 :])
+            return grains

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -119,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
     from diskwright.core.driver import COMPRESSION
     from diskwright.engine.compress import CompressedConversion
     from diskwright.engine.convert import Conversion
+    from diskwright.storage.pipe import is_pipe
 
     with common.graph_of(args) as graph, Interruption() as interruption:
         sources = [
@@ -140,20 +142,25 @@ def run(args: argparse.Namespace) -> int:
         total = sum(common.guest_size(source) for source in sources)
         if wish.compress and not args.existing:
             _require_compression(wish)
-        if not args.existing:
-            refuse_to_overwrite(graph, wish.target)
-            _create(wish, total, graph)
-        target = _open_target(graph, wish, args)
+        if not args.existing and is_pipe(wish.target):
+            target = _pipe_target(graph, wish, args, total)
+        else:
+            if not args.existing:
+                refuse_to_overwrite(graph, wish.target)
+                _create(wish, total, graph)
+            target = _open_target(graph, wish, args)
         if target.size < total:
             raise Failure("output file is smaller than input file")
-        if wish.compress and not target.compresses:
+        compress = wish.compress or target.only_compressed
+        if compress and not target.compresses:
             raise Failure(COMPRESSION)
         if args.bitmaps:
             from diskwright.cli.convert_bitmaps import check_target
 
             check_target(target)
         new = not args.existing or args.target_is_zero
-        make = partial(CompressedConversion, in_order=not args.out_of_order) if wish.compress else Conversion
+        in_order = not args.out_of_order or target.only_compressed
+        make = partial(CompressedConversion, in_order=in_order) if compress else Conversion
         work = make(
             target,
             graph.leases,
@@ -270,6 +277,32 @@ def _open_target(graph: Graph, wish: Wish, args: argparse.Namespace) -> Node:
         cache=wish.target_cache,
         options=opening,
     )
+
+
+def _pipe_target(graph: Graph, wish: Wish, args: argparse.Namespace, size: int) -> Node:
+    """A new image that goes into a pipe. Nothing has gone there yet when this returns."""
+    from diskwright.core.create import create_in_one_pass
+    from diskwright.core.secrets import needed_to_open
+    from diskwright.storage.pipe import PipeStorage
+
+    assert wish.target_format is not None
+    if args.show_progress and _is_stdout(wish.target):
+        raise Failure("-p and an image cannot both go to standard output")
+    opening = needed_to_open(wish.options)
+    if wish.level is not None:
+        opening["compression-level"] = wish.level
+    try:
+        pipe = PipeStorage(os.open(wish.target, os.O_WRONLY | os.O_CLOEXEC), wish.target)
+        return create_in_one_pass(graph, pipe, wish.target_format, {**wish.options, "size": size}, opening)
+    except (DiskwrightError, OSError) as error:
+        raise _not_created(wish, error) from error
+
+
+def _is_stdout(path: str) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(1))
+    except OSError:
+        return False
 
 
 def _reads_zero(target: Node, args: argparse.Namespace) -> bool:

@@ -270,7 +270,7 @@ class Qcow2(Format, Snapshots):
             self._mark_corrupt()
             raise
 
-    def encode(self, data: memoryview) -> bytes | None:
+    def encode(self, data: memoryview, offset: int) -> bytes | None:
         return self._encoder.encode(data)
 
     def reserve_stored(self, units: Sequence[tuple[int, int]]) -> Reservation:

@@ -12,7 +12,8 @@ from diskwright.core.options import BOOL, SIZE, STR, OneOf, option
 from diskwright.errors import LimitExceeded, OptionError
 from diskwright.formats.vmdk import descriptor
 from diskwright.formats.vmdk.descriptor import MAX_EXTENTS
-from diskwright.formats.vmdk.header import TABLE_ENTRIES, plan
+from diskwright.formats.vmdk.header import TABLE_ENTRIES, plan, plan_stream
+from diskwright.formats.vmdk.stream import tail
 from diskwright.units import SECTOR, GiB, align_up
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ class _Word(OneOf):
 
 
 _ADAPTERS: Final = _Word("ide", "lsilogic", "buslogic", "legacyESX")
-_KINDS: Final = _Word("monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat")
+_KINDS: Final = _Word(
+    "monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat", "streamOptimized"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,7 @@ class VmdkCreateOptions:
     @property
     def split(self) -> bool:
         """Whether there are files beside the descriptor."""
-        return self.subformat != "monolithicSparse"
+        return self.subformat not in ("monolithicSparse", "streamOptimized")
 
     @property
     def step(self) -> int:
@@ -116,7 +119,10 @@ def create(file: Node, options: VmdkCreateOptions, files: Mapping[str, Node]) ->
     size = align_up(options.size, SECTOR)
     if not options.split:
         text = _text(options, [f'RW {size // SECTOR} SPARSE "{name}"'], parent)
-        _sparse(file, size, text, zeroed_grain=options.zeroed_grain)
+        if options.subformat == "streamOptimized":
+            _stream(file, size, text)
+        else:
+            _sparse(file, size, text, zeroed_grain=options.zeroed_grain)
         return
     lines = []
     for i, part in enumerate(names):
@@ -154,6 +160,8 @@ def _check(options: VmdkCreateOptions, *names: str) -> None:
         raise OptionError("compat6 cannot be enabled with hwversion set")
     if options.flat and options.zeroed_grain:
         raise OptionError("Flat image can't enable zeroed grain")
+    if options.subformat == "streamOptimized" and options.zeroed_grain:
+        raise OptionError("A streamOptimized image can't enable zeroed grain")
     check_texts(*names, options.hwversion, options.toolsversion)
 
 
@@ -184,6 +192,17 @@ def _sparse(file: Node, size: int, text: bytes, *, zeroed_grain: bool) -> None:
     for at in (header.rgd_offset, header.gd_offset):
         file.writev([(at * SECTOR, memoryview(_directory(at, header.tables)))])
     file.writev([(0, memoryview(header.encode()))])
+
+
+def _stream(file: Node, size: int, text: bytes) -> None:
+    """Makes an extent that is written in one pass: complete, with nothing in it."""
+    header = plan_stream(size)
+    room = header.descriptor_size * SECTOR
+    if len(text) > room:
+        raise LimitExceeded(f"vmdk: a descriptor of {len(text)} bytes does not fit into {room}")
+    start = header.over_head * SECTOR
+    head = (header.encode() + text).ljust(start, b"\0")
+    file.writev([(0, memoryview(head + tail(header, bytes(4 * header.tables), start)))])
 
 
 def _directory(at: int, tables: int) -> bytes:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
 from diskwright.core.driver import BackingHint, Format, Info, OpenContext, Reservation
 from diskwright.core.driver import Part as File
 from diskwright.core.gate import resolve
+from diskwright.core.options import INT, option
 from diskwright.errors import ImageError
 from diskwright.extents import DATA, Extent, Extents
 from diskwright.formats.vmdk import create as creation
@@ -28,14 +30,22 @@ if TYPE_CHECKING:
     from diskwright.formats.vmdk.part import Part
 
 
+@dataclass(frozen=True, kw_only=True)
+class VmdkOptions:
+    compression_level: int | None = option(INT, "of new streamOptimized grains, 1 to 9", default=None)
+
+
 class Vmdk(Format):
     """One open VMDK image."""
 
     name = "vmdk"
+    options = VmdkOptions
     create_options = creation.VmdkCreateOptions
     suffixes = (".vmdk",)
     has_backing = True
     consults_backing = True
+    compresses = True
+    """Not every image does."""
 
     def __init__(self, children: Sequence[Node], place: descriptor.Place, about: descriptor.Descriptor,
                  parts: Sequence[tuple[Part, int]]) -> None:  # fmt: skip
@@ -56,6 +66,7 @@ class Vmdk(Format):
         self._parent: Node | None = None
         for part in self.parts:
             part.before_change = self._renew_cid
+        self.compresses = False
         if len(parts) == 1:
             self._be(self.parts[0], self._child[0])
 
@@ -63,8 +74,9 @@ class Vmdk(Format):
         """The disk is one extent: who asks the one may as well ask the other."""
         self.data_child = child
         self.in_place = part.in_place  # type: ignore[method-assign]
+        self.compresses = self.only_compressed = part.only_compressed
         if child == getattr(part, "child", 0):
-            for name in ("extent_at", "extents", "reserve", "zero", "discard", "decode"):
+            for name in ("extent_at", "extents", "reserve", "zero", "discard", "decode", "encode", "reserve_stored"):
                 setattr(self, name, getattr(part, name))
 
     @staticmethod
@@ -73,7 +85,7 @@ class Vmdk(Format):
 
     @classmethod
     def open(cls, context: OpenContext, options: Any) -> Vmdk:
-        return cls(*opening.open_image(context))
+        return cls(*opening.open_image(context, options.compression_level))
 
     # -- the map -----------------------------------------------------------------------------------
 

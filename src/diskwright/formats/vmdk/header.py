@@ -23,10 +23,16 @@ REDUNDANT: Final = 1 << 1
 ZEROED: Final = 1 << 2
 COMPRESSED: Final = 1 << 16
 MARKERS: Final = 1 << 17
+GD_AT_END: Final = (1 << 64) - 1
+"""``gdOffset`` of a header that leaves it to the footer to say."""
+_DEFLATE: Final = 1
 _NEWLINES: Final = 1 << 0
 _KNOWN: Final = _NEWLINES | REDUNDANT | ZEROED | COMPRESSED | MARKERS
 
 _HEADER: Final = struct.Struct("<4sIIQQQQIQQQB4sH")
+GRAIN_MARKER: Final = struct.Struct("<QI")  # sector of the disk, length of what follows
+_MARKER: Final = struct.Struct("<QII")  # length of what follows in sectors, 0, type
+FOOTER_MARKER: Final = 3
 _CHECK: Final = b"\n \r\n"
 TABLE_ENTRIES: Final = 512
 _TABLE_SECTORS: Final = TABLE_ENTRIES * 4 // SECTOR
@@ -65,12 +71,14 @@ class Header:
         return -(-self.capacity // (self.grain_size * self.num_gtes_per_gt))
 
 
+def marker(sectors: int, kind: int) -> bytes:
+    """The sector that announces ``sectors`` of metadata in a stream."""
+    return _MARKER.pack(sectors, 0, kind).ljust(SECTOR, b"\0")
+
+
 def plan(size: int, *, zeroed_grain: bool) -> Header:
     """The header of a new image. Raises LimitExceeded."""
-    capacity = -(-size // SECTOR)
-    tables = -(-capacity // (_GRAIN * TABLE_ENTRIES))
-    if tables > MAX_TABLES:
-        raise LimitExceeded(f"vmdk: a disk of {size} bytes would need {tables} grain tables; at most {MAX_TABLES}")
+    capacity, tables = _measured(size)
     span = -(-tables * 4 // SECTOR) + tables * _TABLE_SECTORS
     rgd = 1 + _DESCRIPTOR_SECTORS
     end = rgd + 2 * span
@@ -81,18 +89,40 @@ def plan(size: int, *, zeroed_grain: bool) -> Header:
     )  # fmt: skip
 
 
+def plan_stream(size: int) -> Header:
+    """The header of a new image that is written in one pass. Raises LimitExceeded."""
+    capacity, _ = _measured(size)
+    return Header(
+        MAGIC, 3, _NEWLINES | COMPRESSED | MARKERS, capacity, _GRAIN, 1, _DESCRIPTOR_SECTORS, TABLE_ENTRIES, 0,
+        GD_AT_END, _GRAIN, 0, _CHECK, _DEFLATE,
+    )  # fmt: skip
+
+
+def _measured(size: int) -> tuple[int, int]:
+    """Sectors and grain tables of a new image."""
+    capacity = -(-size // SECTOR)
+    tables = -(-capacity // (_GRAIN * TABLE_ENTRIES))
+    if tables > MAX_TABLES:
+        raise LimitExceeded(f"vmdk: a disk of {size} bytes would need {tables} grain tables; at most {MAX_TABLES}")
+    return capacity, tables
+
+
 def read_header(file: Node) -> Header:
     """The header, checked. Raises CorruptImage, UnsupportedFeature or LimitExceeded."""
     path = file.filename
     if file.size < SECTOR:
         raise CorruptImage(path, "length of the file", file.size, None, "shorter than a VMDK header")
     header = Header(*_HEADER.unpack(file.pread(0, _HEADER.size)))
+    if header.magic == MAGIC and header.gd_offset == GD_AT_END:
+        header = _footer(file, header)
     if header.magic != MAGIC:
         raise CorruptImage(path, "magicNumber", header.magic.hex(), 0, f"it should be {MAGIC.hex()}")
     if not 1 <= header.version <= 3:
         raise UnsupportedFeature(f"{path}: is of version {header.version}; 1 to 3 are known")
-    if header.flags & (COMPRESSED | MARKERS):
-        raise UnsupportedFeature(f"{path}: has compressed grains (streamOptimized), which is not supported")
+    if header.flags & MARKERS and not header.flags & COMPRESSED:
+        raise UnsupportedFeature(f"{path}: has markers and no compressed grains")
+    if header.flags & COMPRESSED and header.compress_algorithm != _DEFLATE:
+        raise UnsupportedFeature(f"{path}: is compressed by the method {header.compress_algorithm}, which is not known")
     if header.flags & ~_KNOWN:
         raise UnsupportedFeature(f"{path}: has unknown flags {header.flags & ~_KNOWN:#x}")
     if header.flags & _NEWLINES and header.newlines != _CHECK:
@@ -110,6 +140,25 @@ def read_header(file: Node) -> Header:
         header.descriptor_offset = header.descriptor_size = 0
     _check_places(file, header)
     return header
+
+
+def _footer(file: Node, header: Header) -> Header:
+    """The copy of the header at the end of a stream, which knows where the directory is."""
+    raw = file.pread(max(0, file.size - 3 * SECTOR), min(3 * SECTOR, file.size))
+    if len(raw) < 3 * SECTOR or _MARKER.unpack_from(raw)[::2] != (1, FOOTER_MARKER) or any(raw[2 * SECTOR :][:16]):
+        raise CorruptImage(
+            file.filename, "footer", "missing", max(0, file.size - 3 * SECTOR), "the image is incomplete, or cut off"
+        )
+    footer = Header(*_HEADER.unpack_from(raw, SECTOR))
+    for name in ("magic", "version", "capacity", "grain_size", "num_gtes_per_gt", "flags", "compress_algorithm"):
+        if getattr(footer, name) != getattr(header, name):
+            raise CorruptImage(
+                file.filename, "footer", "damaged", file.size - 2 * SECTOR, "it does not say the same as the header"
+            )
+    footer.descriptor_offset, footer.descriptor_size = header.descriptor_offset, header.descriptor_size
+    if not footer.rgd_offset:
+        footer.flags &= ~REDUNDANT
+    return footer
 
 
 def _check_places(file: Node, header: Header) -> None:

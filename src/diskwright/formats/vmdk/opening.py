@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Final
 from diskwright.core.gate import resolve
 from diskwright.errors import CorruptImage, LimitExceeded, UnsupportedFeature
 from diskwright.formats.vmdk.descriptor import Descriptor, ExtentLine, Place, is_descriptor, parse
-from diskwright.formats.vmdk.header import COWD, MAX_TABLES, Header, read_header
+from diskwright.formats.vmdk.header import COMPRESSED, COWD, MAX_TABLES, Header, read_header
 from diskwright.formats.vmdk.part import Flat, Part, Zeros
 from diskwright.formats.vmdk.sparse import Sparse
+from diskwright.formats.vmdk.stream import ONCE, Compressed, Stream
 from diskwright.units import SECTOR, KiB
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _DEVICES: Final = {
 Parts = list[tuple[Part, int]]
 
 
-def open_image(context: OpenContext) -> tuple[list[Node], Place, Descriptor, Parts]:
+def open_image(context: OpenContext, level: int | None) -> tuple[list[Node], Place, Descriptor, Parts]:
     """What ``Vmdk`` is made of. Raises CorruptImage, UnsupportedFeature, LimitExceeded."""
     file = context.file
     head = file.pread(0, min(file.size, 2 * KiB)) if file.size else b""
@@ -51,7 +52,14 @@ def open_image(context: OpenContext) -> tuple[list[Node], Place, Descriptor, Par
         raise CorruptImage(
             file.filename, "the extents", kinds or "missing", None, "there must be one, and it must be SPARSE"
         )
-    return [file], place, about, [(Sparse(file, header, header.capacity * SECTOR), 0)]
+    size = header.capacity * SECTOR
+    if context.writable and header.flags & COMPRESSED and context.guest_data:
+        return [file], place, about, [(Stream(file, header, size, level), 0)]
+    return [file], place, about, [(_sparse(file, header, size), 0)]
+
+
+def _sparse(file: Node, header: Header, size: int) -> Sparse:
+    return (Compressed if header.flags & COMPRESSED else Sparse)(file, header, size)
 
 
 def _check_parent(context: OpenContext, about: Descriptor) -> None:
@@ -111,7 +119,9 @@ class _Opener:
             raise CorruptImage(
                 file.filename, "capacity", header.capacity, 12, f"the descriptor has {size // SECTOR} sectors for it"
             )
-        return Sparse(file, header, size)
+        if header.flags & COMPRESSED and self._context.writable:
+            raise UnsupportedFeature(f"{file.filename}: {ONCE}; convert it into a new image instead")
+        return _sparse(file, header, size)
 
     def _child(self, filename: str, *, alone: bool) -> int:
         """The index of the child that ``filename`` is; ``alone``: no other extent may be in it."""
