@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 TEXT = """# Disk DescriptorFile
@@ -69,3 +70,49 @@ def strict(raw: bytes) -> dict[int, bytes]:
         else:
             assert kind == 0 and sector == 0 and place == len(raw) and not any(raw[data - 512 :])
             return grains
+
+
+def cowd(sectors: int, grain: int, grains: Mapping[int, bytes]) -> bytes:
+    """An ESX sparse extent with these grains."""
+    count = -(-sectors // (4096 * grain))
+    free = 4 + -(-count * 4 // 512)
+    raw, tables = bytearray(free * 512), dict[int, int]()
+    for number, data in sorted(grains.items()):
+        index, at = divmod(number, 4096)
+        if index not in tables:
+            struct.pack_into("<I", raw, 4 * 512 + 4 * index, free)
+            tables[index] = free
+            raw += bytes(16384)
+            free += 32
+        struct.pack_into("<I", raw, tables[index] * 512 + 4 * at, free)
+        raw += data
+        free += grain
+    struct.pack_into("<4s7I", raw, 0, b"COWD", 1, 3, sectors, grain, 4, count, free)
+    return bytes(raw)
+
+
+def sesparse(sectors: int, grains: Mapping[int, bytes | str], *, replay: int = 0) -> bytes:
+    """An seSparse extent. A grain that is ``zero`` or ``unmapped`` is called so."""
+    count = -(-sectors // (8 * 4096))
+    directory, tables = 256, 512
+    start = -(-(tables + 64 * count) // 8) * 8
+    raw = bytearray((start + 8 * len(grains)) * 512)
+    struct.pack_into(
+        "<26Q", raw, 0, 0xCAFEBABE, 0x200000001, sectors, 8, 64, 0, 0, 0, 0, 0, 1, 1, 2, 2, 4, 16, directory,
+        -(-count * 8 // 512), tables, 64 * count, 128, 8, 136, 8, start, 8 * len(grains),
+    )  # fmt: skip
+    struct.pack_into("<4Q", raw, 512, 0xCAFECAFE, 0, 0, replay)
+    used: dict[int, int] = {}
+    stored = 0
+    for number, data in sorted(grains.items()):
+        index, at = divmod(number, 4096)
+        used.setdefault(index, len(used))
+        struct.pack_into("<Q", raw, directory * 512 + 8 * index, 1 << 60 | used[index])
+        if isinstance(data, str):
+            entry = {"unmapped": 1, "zero": 2}[data] << 60
+        else:
+            entry = 3 << 60 | (stored & 0xFFF) << 48 | stored >> 12
+            raw[start * 512 + stored * 4096 : start * 512 + (stored + 1) * 4096] = data
+            stored += 1
+        struct.pack_into("<Q", raw, tables * 512 + used[index] * 32768 + 8 * at, entry)
+    return bytes(raw)

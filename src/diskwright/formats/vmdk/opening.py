@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from diskwright.core.gate import resolve
 from diskwright.errors import CorruptImage, LimitExceeded, UnsupportedFeature
+from diskwright.formats.vmdk import cowd, sesparse
 from diskwright.formats.vmdk.descriptor import Descriptor, ExtentLine, Place, is_descriptor, parse
 from diskwright.formats.vmdk.header import COMPRESSED, COWD, MAX_TABLES, Header, read_header
 from diskwright.formats.vmdk.part import Flat, Part, Zeros
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from diskwright.core.node import Node
 
 FLAT: Final = ("FLAT", "VMFS")
+_SPARSE: Final = ("SPARSE", "VMFSSPARSE", "SESPARSE")
 _DEVICES: Final = {
     "VMFSRDM": "a raw device mapping", "VMFSPASSTHROUGHRAWDEVICEMAP": "a raw device mapping",
     "VMFSRAW": "a raw device", "VMFSRAWDEVICEMAP": "a raw device mapping",
@@ -93,8 +95,10 @@ class _Opener:
         what = _DEVICES.get(line.kind.upper())
         if what is not None:
             raise UnsupportedFeature(f"{self._path}: an extent is {what} ({line.kind}), which is not supported")
-        if line.kind not in (*FLAT, "SPARSE", "ZERO"):
+        if line.kind not in (*FLAT, "ZERO", *_SPARSE):
             raise UnsupportedFeature(f"{self._path}: an extent is of the type {line.kind[:40]!r}, which is not known")
+        if line.kind == "SESPARSE" and self._context.writable:
+            raise UnsupportedFeature("No write support for seSparse images available")
         if line.access != "RW" and self._context.writable:
             raise UnsupportedFeature(
                 f"{self._path}: the extent '{line.filename}' is {line.access}; the disk can only be read"
@@ -108,20 +112,32 @@ class _Opener:
         file = self._children[child]
         if line.kind in FLAT:
             return Flat(file, line.kind, line.offset * SECTOR, size, child), child
-        return self._sparse(file, size), child
+        return self._sparse(file, size, line.kind), child
 
-    def _sparse(self, file: Node, size: int) -> Sparse:
-        header: Header = read_header(file)
-        self._tables += header.tables
-        if self._tables > MAX_TABLES:
-            raise LimitExceeded(f"{self._path}: its extents have more than {MAX_TABLES} grain tables together")
-        if header.capacity * SECTOR < size:
-            raise CorruptImage(
-                file.filename, "capacity", header.capacity, 12, f"the descriptor has {size // SECTOR} sectors for it"
-            )
+    def _sparse(self, file: Node, size: int, kind: str) -> Part:
+        if kind == "VMFSSPARSE":
+            cowd_header = cowd.read_header(file)
+            self._count(file, size, cowd_header.num_sectors, cowd_header.num_gd_entries)
+            return cowd.Cowd(file, cowd_header, size)
+        if kind == "SESPARSE":
+            se_header = sesparse.read_header(file)
+            self._count(file, size, se_header.capacity, se_header.tables)
+            return sesparse.SeSparse(file, se_header, size)
+        header = read_header(file)
+        self._count(file, size, header.capacity, header.tables)
         if header.flags & COMPRESSED and self._context.writable:
             raise UnsupportedFeature(f"{file.filename}: {ONCE}; convert it into a new image instead")
         return _sparse(file, header, size)
+
+    def _count(self, file: Node, size: int, capacity: int, tables: int) -> None:
+        """Holds an extent to the descriptor, and all of them together to the limit."""
+        self._tables += tables
+        if self._tables > MAX_TABLES:
+            raise LimitExceeded(f"{self._path}: its extents have more than {MAX_TABLES} grain tables together")
+        if capacity * SECTOR < size:
+            raise CorruptImage(
+                file.filename, "capacity", capacity, None, f"the descriptor has {size // SECTOR} sectors for it"
+            )
 
     def _child(self, filename: str, *, alone: bool) -> int:
         """The index of the child that ``filename`` is; ``alone``: no other extent may be in it."""
