@@ -145,8 +145,6 @@ class TestVdi(FormatConformance):
 
 class TestVmdk(FormatConformance):
     format_name = "vmdk"
-    can_check = False
-    can_grow = False
     model_examples = 15
 
 
@@ -161,7 +159,7 @@ class _VmdkFiles(TestVmdk):
 
     @pytest.fixture(autouse=True)
     def short_files(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("diskwright.formats.vmdk.create._STEP", 300 << 10)
+        monkeypatch.setattr("diskwright.formats.vmdk.create.SPLIT", 300 << 10)
 
     def make(self, path: Path, size: int = SIZE, **options: object) -> Path:
         names = {key.replace("-", "_"): value for key, value in {**self.create_options, **options}.items()}
@@ -175,10 +173,12 @@ class TestVmdkFlat(_VmdkFiles):
 
 
 class TestVmdkSplitSparse(_VmdkFiles):
+    can_grow = False
     create_options = {"subformat": "twoGbMaxExtentSparse"}
 
 
 class TestVmdkSplitFlat(_VmdkFiles):
+    can_grow = False
     create_options = {"subformat": "twoGbMaxExtentFlat"}
     sparse = False
 

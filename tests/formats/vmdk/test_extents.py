@@ -35,7 +35,7 @@ class _Files(Campaign):
 
     @pytest.fixture(autouse=True)
     def short_files(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("diskwright.formats.vmdk.create._STEP", STEP)
+        monkeypatch.setattr("diskwright.formats.vmdk.create.SPLIT", STEP)
 
     def make(self, path: Path, *, by_qemu: bool, size: int | None = None) -> Path:
         if by_qemu:

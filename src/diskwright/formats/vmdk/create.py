@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from diskwright.core.node import Node
 
 _TABLE: Final = TABLE_ENTRIES * 4
-_STEP: Final = 2 * GiB
+SPLIT: Final = 2 * GiB
 """Bytes of the disk in one file, when it is split."""
 
 
@@ -63,7 +63,7 @@ class VmdkCreateOptions:
     @property
     def step(self) -> int:
         """Bytes of the disk in one file."""
-        return _STEP if self.subformat.startswith("twoGb") else max(align_up(self.size, SECTOR), SECTOR)
+        return SPLIT if self.subformat.startswith("twoGb") else max(align_up(self.size, SECTOR), SECTOR)
 
 
 def new_cid() -> int:
@@ -109,6 +109,12 @@ def parts(options: VmdkCreateOptions, filename: str) -> tuple[Part, ...]:
     return tuple(Part(f"extents.{i}", f"{stem}-{letter}{i + 1:03d}{ending}") for i in range(count))
 
 
+def lengths(options: VmdkCreateOptions) -> list[int]:
+    """Bytes of the disk in each of its extents."""
+    size = align_up(options.size, SECTOR)
+    return [min(options.step, size - start) for start in range(0, size, options.step)]
+
+
 def create(file: Node, options: VmdkCreateOptions, files: Mapping[str, Node]) -> None:
     """See ``Format.create_from``. Raises OptionError, LimitExceeded."""
     _check_words(options)
@@ -125,8 +131,7 @@ def create(file: Node, options: VmdkCreateOptions, files: Mapping[str, Node]) ->
             _sparse(file, size, text, zeroed_grain=options.zeroed_grain)
         return
     lines = []
-    for i, part in enumerate(names):
-        length = min(options.step, size - i * options.step)
+    for i, (part, length) in enumerate(zip(names, lengths(options), strict=True)):
         extent = files[f"extents.{i}"]
         if options.flat:
             extent.resize(length)

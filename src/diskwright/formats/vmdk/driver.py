@@ -8,22 +8,31 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
-from diskwright.core.driver import BackingHint, Format, Info, OpenContext, Reservation
+from diskwright.core.driver import (
+    BackingHint,
+    CheckReport,
+    Format,
+    Info,
+    MeasuredSource,
+    Measurement,
+    OpenContext,
+    Reservation,
+)
 from diskwright.core.driver import Part as File
 from diskwright.core.gate import resolve
-from diskwright.core.options import INT, option
-from diskwright.errors import ImageError
+from diskwright.core.options import BOOL, INT, option
+from diskwright.errors import ImageError, UnsupportedFeature
 from diskwright.extents import DATA, Extent, Extents
 from diskwright.formats.vmdk import create as creation
 from diskwright.formats.vmdk import descriptor, opening
 from diskwright.formats.vmdk.header import COWD, MAGIC
 from diskwright.formats.vmdk.sparse import Sparse
-from diskwright.units import KiB
+from diskwright.units import SECTOR, KiB
 
 if TYPE_CHECKING:
     from diskwright.core.node import Node
@@ -32,6 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class VmdkOptions:
+    repair: bool = option(BOOL, "open an image whose grain directory is damaged, to repair it", default=False)
     compression_level: int | None = option(INT, "of new streamOptimized grains, 1 to 9", default=None)
 
 
@@ -85,7 +95,7 @@ class Vmdk(Format):
 
     @classmethod
     def open(cls, context: OpenContext, options: Any) -> Vmdk:
-        return cls(*opening.open_image(context, options.compression_level))
+        return cls(*opening.open_image(context, options.compression_level, repair=options.repair))
 
     # -- the map -----------------------------------------------------------------------------------
 
@@ -210,6 +220,36 @@ class Vmdk(Format):
             part.make_empty()
 
     # -- the rest ----------------------------------------------------------------------------------
+
+    def resize(self, size: int, *, preallocation: str = "off", conceal: Callable[[], None] | None = None) -> None:
+        from diskwright.formats.vmdk.resize import described, growing
+
+        if preallocation != "off":
+            raise UnsupportedFeature(f"Unsupported preallocation mode '{preallocation}'")
+        if size < self.size:
+            raise UnsupportedFeature("Shrinking images is currently not supported")
+        if size == self.size:
+            return
+        if not self.parts:
+            raise UnsupportedFeature("A disk without extents cannot grow")
+        part, old = self.parts[-1], self.size
+        finish = growing(part, self.descriptor.create_type, size - self._starts[-1])
+        self.size = size
+        if conceal is not None:
+            conceal()
+        finish()
+        self._describe(described(self.descriptor.text, old, size, part.size // SECTOR))
+
+    @classmethod
+    def measure(cls, options: creation.VmdkCreateOptions, source: MeasuredSource | None) -> Measurement:
+        from diskwright.formats.vmdk.measure import measured
+
+        return measured(options, source)
+
+    def check(self, repair: str) -> CheckReport:
+        from diskwright.formats.vmdk.check import check
+
+        return check(self.parts, repair)
 
     def info(self) -> Info:
         about, embedded = self.descriptor, self._place.room is not None

@@ -29,6 +29,7 @@ _DEFLATE: Final = 1
 _NEWLINES: Final = 1 << 0
 _KNOWN: Final = _NEWLINES | REDUNDANT | ZEROED | COMPRESSED | MARKERS
 
+AT_GD_OFFSET: Final = 56
 _HEADER: Final = struct.Struct("<4sIIQQQQIQQQB4sH")
 GRAIN_MARKER: Final = struct.Struct("<QI")  # sector of the disk, length of what follows
 _MARKER: Final = struct.Struct("<QII")  # length of what follows in sectors, 0, type
@@ -62,9 +63,11 @@ class Header:
     unclean_shutdown: int
     newlines: bytes
     compress_algorithm: int
+    lost_directory: bool = False
+    """Not a field: whether ``gd_offset`` is that of the redundant directory, as the other is not in the file."""
 
     def encode(self) -> bytes:
-        return _HEADER.pack(*vars(self).values()).ljust(SECTOR, b"\0")
+        return _HEADER.pack(*list(vars(self).values())[:-1]).ljust(SECTOR, b"\0")
 
     @property
     def tables(self) -> int:
@@ -107,8 +110,9 @@ def _measured(size: int) -> tuple[int, int]:
     return capacity, tables
 
 
-def read_header(file: Node) -> Header:
-    """The header, checked. Raises CorruptImage, UnsupportedFeature or LimitExceeded."""
+def read_header(file: Node, *, repair: bool = False) -> Header:
+    """The header, checked. With ``repair`` the redundant directory takes the place of one that is not in the file.
+    Raises CorruptImage, UnsupportedFeature or LimitExceeded."""
     path = file.filename
     if file.size < SECTOR:
         raise CorruptImage(path, "length of the file", file.size, None, "shorter than a VMDK header")
@@ -138,7 +142,14 @@ def read_header(file: Node) -> Header:
         raise LimitExceeded(f"{path}: has a descriptor of {header.descriptor_size} sectors")
     if not header.descriptor_offset or not header.descriptor_size:
         header.descriptor_offset = header.descriptor_size = 0
-    _check_places(file, header)
+    try:
+        _check_places(file, header)
+    except CorruptImage:
+        if not repair or not header.flags & REDUNDANT:
+            raise
+        header.gd_offset, header.flags = header.rgd_offset, header.flags & ~REDUNDANT
+        _check_places(file, header)
+        header.lost_directory = True
     return header
 
 

@@ -28,7 +28,7 @@ _DEVICES: Final = {
 Parts = list[tuple[Part, int]]
 
 
-def open_image(context: OpenContext, level: int | None) -> tuple[list[Node], Place, Descriptor, Parts]:
+def open_image(context: OpenContext, level: int | None, *, repair: bool) -> tuple[list[Node], Place, Descriptor, Parts]:
     """What ``Vmdk`` is made of. Raises CorruptImage, UnsupportedFeature, LimitExceeded."""
     file = context.file
     head = file.pread(0, min(file.size, 2 * KiB)) if file.size else b""
@@ -36,11 +36,11 @@ def open_image(context: OpenContext, level: int | None) -> tuple[list[Node], Pla
         place = Place(file, 0, None)
         about = parse(file.filename, place.read())
         _check_parent(context, about)
-        children, parts = _Opener(context, about).open()
+        children, parts = _Opener(context, about, repair=repair).open()
         return children, place, about, parts
     if head.startswith(COWD):
         raise UnsupportedFeature(f"{file.filename}: is one extent of a disk; open the disk's descriptor")
-    header = read_header(file)
+    header = read_header(file, repair=repair)
     if not header.descriptor_size:
         raise UnsupportedFeature(f"{file.filename}: is one extent of a disk; open the disk's descriptor")
     place = Place(file, header.descriptor_offset * SECTOR, header.descriptor_size * SECTOR)
@@ -55,7 +55,7 @@ def open_image(context: OpenContext, level: int | None) -> tuple[list[Node], Pla
             file.filename, "the extents", kinds or "missing", None, "there must be one, and it must be SPARSE"
         )
     size = header.capacity * SECTOR
-    if context.writable and header.flags & COMPRESSED and context.guest_data:
+    if context.writable and header.flags & COMPRESSED and context.guest_data and not repair:
         return [file], place, about, [(Stream(file, header, size, level), 0)]
     return [file], place, about, [(_sparse(file, header, size), 0)]
 
@@ -75,8 +75,8 @@ def _check_parent(context: OpenContext, about: Descriptor) -> None:
 class _Opener:
     """Opens the extents of a descriptor."""
 
-    def __init__(self, context: OpenContext, about: Descriptor) -> None:
-        self._context, self._about = context, about
+    def __init__(self, context: OpenContext, about: Descriptor, *, repair: bool) -> None:
+        self._context, self._about, self._repair = context, about, repair
         self._path = context.file.filename
         self._children: list[Node] = [context.file]
         self._by_name: dict[str, int] = {}
@@ -123,7 +123,7 @@ class _Opener:
             se_header = sesparse.read_header(file)
             self._count(file, size, se_header.capacity, se_header.tables)
             return sesparse.SeSparse(file, se_header, size)
-        header = read_header(file)
+        header = read_header(file, repair=self._repair)
         self._count(file, size, header.capacity, header.tables)
         if header.flags & COMPRESSED and self._context.writable:
             raise UnsupportedFeature(f"{file.filename}: {ONCE}; convert it into a new image instead")

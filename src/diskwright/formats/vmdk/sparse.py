@@ -40,9 +40,9 @@ class Sparse(Part, DirectoryMap):
             self.zero_entry = 1
         count = header.tables
         directory = Directory(file, "gdOffset", header.gd_offset * SECTOR, count, typecode="I", byteorder="little")
-        self._redundant: Directory | None = None
+        self.redundant: Directory | None = None
         if header.flags & REDUNDANT:
-            self._redundant = Directory(
+            self.redundant = Directory(
                 file, "rgdOffset", header.rgd_offset * SECTOR, count, typecode="I", byteorder="little"
             )
         self._twins: list[tuple[int, int]] = []
@@ -86,11 +86,11 @@ class Sparse(Part, DirectoryMap):
             start = self.header.descriptor_offset * SECTOR
             yield start, start + self.header.descriptor_size * SECTOR
         size = len(self.directory.entries) * 4
-        for table in (self.directory, self._redundant):
+        for table in (self.directory, self.redundant):
             if table is not None:
                 yield table.offset, table.offset + size
-        if self._redundant is not None:
-            for entry in self._redundant.entries:
+        if self.redundant is not None:
+            for entry in self.redundant.entries:
                 if entry:
                     yield entry * SECTOR, entry * SECTOR + _TABLE
 
@@ -106,23 +106,23 @@ class Sparse(Part, DirectoryMap):
         self.before_change()
 
     def _pair(self) -> None:
-        if self._redundant is not None:
-            pairs = zip(self.directory.entries, self._redundant.entries, strict=True)
+        if self.redundant is not None:
+            pairs = zip(self.directory.entries, self.redundant.entries, strict=True)
             self._twins = sorted((one * SECTOR, two * SECTOR) for one, two in pairs if one and two)
 
     def add_table(self, index: int) -> None:
         super().add_table(index)
-        if self._redundant is not None:
-            if not self._redundant.entries[index]:
-                self._redundant.set(index, self.entry_for(self._end))
+        if self.redundant is not None:
+            if not self.redundant.entries[index]:
+                self.redundant.set(index, self.entry_for(self._end))
                 self._end += _TABLE
             self._pair()
 
     def _capture(self) -> list[list[Piece]]:
         tables, directory = super()._capture()
-        if self._redundant is not None:
+        if self.redundant is not None:
             tables += [twin for piece in tables if (twin := self._twin(piece)) is not None]
-            directory += self._redundant.capture()
+            directory += self.redundant.capture()
         return [tables, directory]
 
     def _twin(self, piece: Piece) -> Piece | None:
@@ -134,13 +134,13 @@ class Sparse(Part, DirectoryMap):
 
     def _settle(self) -> None:
         super()._settle()
-        if self._redundant is not None:
-            self._redundant.settle()
+        if self.redundant is not None:
+            self.redundant.settle()
 
     def _restore(self) -> None:
         super()._restore()
-        if self._redundant is not None:
-            self._redundant.restore()
+        if self.redundant is not None:
+            self.redundant.restore()
 
     # -- the rest ----------------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ class Sparse(Part, DirectoryMap):
         self.write_back()
         with self.flush_lock, self.lock:
             self.table.clear()
-            directories = [self.directory, *([self._redundant] if self._redundant is not None else [])]
+            directories = [self.directory, *([self.redundant] if self.redundant is not None else [])]
             for entry in (entry for table in directories for entry in table.entries if entry):
                 self.file.write_zeros(entry * SECTOR, _TABLE)
             self.file.flush()

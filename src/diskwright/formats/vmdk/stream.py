@@ -59,7 +59,7 @@ class Compressed(Sparse):
         if header.grain_size * SECTOR > _MOST_GRAIN:
             raise LimitExceeded(f"{file.filename}: has compressed grains of {header.grain_size} sectors")
         super().__init__(file, header, size)
-        self._marked = GRAIN_MARKER.size if header.flags & MARKERS else 0
+        self.marked = GRAIN_MARKER.size if header.flags & MARKERS else 0
         self._kept: dict[int, bytes] = {}
         self._kept_lock = threading.Lock()
 
@@ -80,7 +80,7 @@ class Compressed(Sparse):
     def stored_unit(self, block: int, entry: int) -> tuple[int, int]:
         """Only the grain's marker tells how long it is, so this is as much as it may be, like QEMU two grains."""
         place, end = entry * SECTOR, self.file.size
-        if place + self._marked >= end:
+        if place + self.marked >= end:
             self._bad(block, entry, f"the file ends at {end:#x}")
         return place, min(2 * self.cluster_size, end - place)
 
@@ -96,13 +96,13 @@ class Compressed(Sparse):
         into[:] = memoryview(data)[inside : inside + len(into)]
 
     def _grain(self, block: int, place: int, raw: memoryview) -> bytes:
-        if self._marked:
+        if self.marked:
             sector, length = GRAIN_MARKER.unpack_from(raw)
             if sector != block * self.header.grain_size:
                 self._damaged(place, f"its marker says sector {sector}, not {block * self.header.grain_size}")
-            if not 0 < length <= len(raw) - self._marked:
+            if not 0 < length <= len(raw) - self.marked:
                 self._damaged(place, f"its marker says {length} bytes")
-            raw = raw[self._marked : self._marked + length]
+            raw = raw[self.marked : self.marked + length]
         try:
             data = inflate(raw, self.cluster_size)
         except MemoryError:
@@ -145,7 +145,7 @@ class Stream(Compressed):
         """``level``: of the compression, 1 to 9. Raises OptionError; UnsupportedFeature when something is in it."""
         super().__init__(file, header, size)
         self._encode = encoder(level)
-        if header.gd_offset == GD_AT_END or any(self.directory.entries) or self._redundant is not None:
+        if header.gd_offset == GD_AT_END or any(self.directory.entries) or self.redundant is not None:
             raise UnsupportedFeature(f"{file.filename}: {ONCE}; convert it into a new image instead")
         self._end = header.over_head * SECTOR  # where the next thing goes
         self._last = -1  # the block written last
