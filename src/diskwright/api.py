@@ -23,10 +23,12 @@ from diskwright.core.permissions import ALL, READ, WRITE, Access
 from diskwright.core.registry import find
 from diskwright.core.secrets import Secrets, needed_to_open
 from diskwright.errors import JobError, OptionError
+from diskwright.units import SECTOR, align_up
 
 if TYPE_CHECKING:
     from diskwright.core.gate import Gate
     from diskwright.core.snapshots import SnapshotInfo, VmState
+    from diskwright.engine.package import Package
     from diskwright.exports.nbd import NbdServer
     from diskwright.jobs.job import EventSink
 
@@ -294,6 +296,8 @@ def convert(
 ) -> None:
     """Copies an image into a new one of ``format`` (default: by its ending, else raw), durable when this returns.
 
+    ``format`` ova or ovf makes a package of a machine with that disk.
+
     ``compress``: write compressed clusters, at a level when it is a number: 1 (the quickest) to 9, with zstd to 19; see
     ``docs/cli.md``. OSError with ENOTSUP where the format has none.
 
@@ -308,19 +312,38 @@ def convert(
         node = graph.open(_spec(source), driver=source_format)
         name = os.fspath(target)
         driver = format or format_by_name(name, "raw")
-        if compress is not False and not getattr(find(driver), "compresses", False):
+        package = _package(graph, name, driver, options, node.size, compress)
+        if package is not None:
+            new = package.disk
+        elif compress is not False and not getattr(find(driver), "compresses", False):
             raise not_supported(COMPRESSION)
-        opening = {} if isinstance(compress, bool) else {"compression-level": compress}
-        new = open_target(graph, name, node.size, format=driver, options=options, opening=opening)
+        else:
+            opening = {} if isinstance(compress, bool) else {"compression-level": compress}
+            new = open_target(graph, name, node.size, format=driver, options=options, opening=opening)
         kind = Conversion if compress is False and not new.only_compressed else CompressedConversion
         work = kind(new, graph.leases, node.size, target_is_zero=new.zero_init, sparse=sparse)
         with _reporting(work.progress, progress):
             work.copy(node, 0)
-            new.flush()
+            if package is not None:
+                package.finish()
+            else:
+                new.flush()
     except CopyFailed as error:
         raise error.__cause__ or error from None
     finally:
         graph.close()
+
+
+def _package(
+    graph: Graph, name: str, kind: str, options: Mapping[str, object] | None, size: int, compress: bool | int
+) -> Package | None:
+    """The package that is wanted, in the making; None when it is an image."""
+    if kind not in ("ova", "ovf"):
+        return None
+    from diskwright.engine.package import Package
+
+    level = None if isinstance(compress, bool) else compress
+    return Package(graph, name, kind, options or {}, align_up(size, SECTOR), level)
 
 
 def compare(

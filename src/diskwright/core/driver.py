@@ -274,6 +274,10 @@ class MeasuredSource:
     """``(granularity, name)`` of its persistent bitmaps; None when it cannot have any."""
 
 
+def _nothing_within(role: str, options: Mapping[str, object]) -> Node:
+    raise not_supported(f"Opening the {role} of an image outside of a graph")
+
+
 @dataclass(frozen=True)
 class OpenContext:
     """What a format is handed when it is opened."""
@@ -299,6 +303,9 @@ class OpenContext:
     """What the user has defined beside nodes, by id: throttle groups."""
     draining: Draining = field(default_factory=Draining)
     """Whether somebody waits for requests in flight to end: those held back on purpose should not wait then."""
+    open_within: Callable[[str, Mapping[str, object]], Node] = _nothing_within
+    """``(role, options)``: opens an image that lies within files which are open already (options name them by their
+    nodes), as the child ``role``. It has no backing file."""
 
 
 class BitmapStore(ABC):

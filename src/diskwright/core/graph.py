@@ -275,7 +275,11 @@ class Graph:
         roles = [key for key, value in options.items() if key in named or isinstance(value, Mapping)]
         given = {role: options.pop(role) for role in roles}
         opener = self._reference_opener(file, given, mode, made, above)
-        context = OpenContext(file, self.leases, opener, mode.writable, frozenset(given), mode.guest_data, self.secrets)
+        deeper = replace(mode, backing=False, depth=mode.depth + 1)
+        context = OpenContext(
+            file, self.leases, opener, mode.writable, frozenset(given), mode.guest_data, self.secrets,
+            open_within=lambda _, inner: self._open_within(inner, deeper, made, above),
+        )  # fmt: skip
         own = _own(options)
         if "pass-discard-request" in {info.name for info in opts.describe(cls.options)}:
             own.setdefault("pass-discard-request", _write_policy(options)[0])
@@ -346,6 +350,11 @@ class Graph:
             return self._whole(made, lambda: self._open_options(driver, {"filename": name}, below, made, above))
 
         return open_reference
+
+    def _open_within(self, options: Mapping[str, object], mode: Mode, made: _Made, above: tuple[str, ...]) -> Node:
+        if mode.depth >= MAX_NESTED:
+            raise LimitExceeded(f"Nodes are nested more than {MAX_NESTED} deep, the most accepted")
+        return self._whole(made, lambda: self._open_any(options, None, mode, made, above))
 
     # -- nodes -----------------------------------------------------------------------------------
 

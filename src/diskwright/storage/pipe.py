@@ -1,4 +1,4 @@
-"""A pipe that an image is written into, from its beginning to its end.
+"""What an image is written into from its beginning to its end: a pipe, or part of another file.
 
 The last few MiB are held back, so that they can still be read and overwritten: a new image is made there, opened again,
 and its end replaced by what is put into it. A flush lets everything go; whatever is written afterwards must follow.
@@ -10,6 +10,7 @@ import errno
 import os
 import stat
 import threading
+from collections.abc import Callable
 from typing import ClassVar, Final, Self
 
 from diskwright.core.driver import Segments, Storage
@@ -28,22 +29,22 @@ def is_pipe(filename: str) -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 
 
-class PipeStorage(Storage):
-    """An open pipe. Threads may write at the same time as long as each writes where the one before has ended."""
+class StreamStorage(Storage):
+    """Bytes on their way to ``let_go``, which is called with one piece after the other. Threads may write at the same
+    time as long as each writes where the one before has ended."""
 
-    name: ClassVar[str] = "pipe"
+    name: ClassVar[str] = "stream"
     zero_init = True
 
-    def __init__(self, fd: int, filename: str) -> None:
-        """Takes over ``fd``."""
-        self._fd, self.filename = fd, filename
-        self._gone = 0  # bytes that are in the pipe
+    def __init__(self, filename: str, let_go: Callable[[memoryview], None]) -> None:
+        self.filename, self._sink = filename, let_go
+        self._gone = 0  # bytes that are out of reach
         self._held = bytearray()
         self._lock = threading.Lock()
 
     @classmethod
     def open(cls, options: object, *, writable: bool) -> Self:
-        raise NotImplementedError("a pipe is opened by who converts into it")
+        raise NotImplementedError("a stream is opened by who converts into it")
 
     @property
     def size(self) -> int:
@@ -74,9 +75,7 @@ class PipeStorage(Storage):
 
     def _let_go(self, length: int) -> None:
         with memoryview(self._held) as held:
-            done = 0
-            while done < length:
-                done += os.write(self._fd, held[done:length])
+            self._sink(held[:length])
         del self._held[:length]
         self._gone += length
 
@@ -87,9 +86,23 @@ class PipeStorage(Storage):
             self._held.extend(bytes(keep - len(self._held)))
 
     def flush(self) -> None:
-        """All of it has been given to the pipe; what its reader does with it nobody here can know."""
+        """All of it has been let go; making it durable is another's affair."""
         with self._lock:
             self._let_go(len(self._held))
+
+
+class PipeStorage(StreamStorage):
+    """A pipe. What its reader does with the bytes nobody here can know."""
+
+    def __init__(self, filename: str) -> None:
+        """Opens it, which waits for a reader. Raises OSError."""
+        self._fd = os.open(filename, os.O_WRONLY | os.O_CLOEXEC)
+        super().__init__(filename, self._write)
+
+    def _write(self, data: memoryview) -> None:
+        done = 0
+        while done < len(data):
+            done += os.write(self._fd, data[done:])
 
     def close(self) -> None:
         os.close(self._fd)

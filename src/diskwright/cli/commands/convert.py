@@ -16,12 +16,13 @@ from diskwright.cli.faces import program
 from diskwright.cli.interruption import Interruption
 from diskwright.cli.progress import Amount, Reporter
 from diskwright.errors import DiskwrightError, OptionError, message_of
-from diskwright.units import MiB
+from diskwright.units import SECTOR, MiB, align_up
 
 if TYPE_CHECKING:
     from diskwright.core.graph import Graph
     from diskwright.core.node import Node
     from diskwright.engine.convert import Conversion
+    from diskwright.engine.package import Package
 
 SUMMARY: Final = "copy an image into another format"
 
@@ -29,6 +30,9 @@ MAX_WORKERS: Final = 16
 """What qemu-img accepts for ``-m``."""
 
 DEFAULT_SPARSE: Final = 4096
+
+PACKAGES: Final = ("ova", "ovf")
+"""Formats whose disks have other files around them."""
 
 MAX_SPARSE: Final = 16 * MiB
 """Largest run of zeros that can be asked for with ``-S``: a copy looks at no more than this at a time."""
@@ -116,11 +120,9 @@ def run(args: argparse.Namespace) -> int:
         print(describe_options(args.target_format or "raw", args.names[-1] if args.names else None), end="")
         return 0
     wish = _wish(args, options)
-    from diskwright.core.create import refuse_to_overwrite
     from diskwright.core.driver import COMPRESSION
     from diskwright.engine.compress import CompressedConversion
     from diskwright.engine.convert import Conversion
-    from diskwright.storage.pipe import is_pipe
 
     with common.graph_of(args) as graph, Interruption() as interruption:
         sources = [
@@ -140,15 +142,10 @@ def run(args: argparse.Namespace) -> int:
 
             check_source(sources[0], skip_broken=args.skip_broken_bitmaps)
         total = sum(common.guest_size(source) for source in sources)
-        if wish.compress and not args.existing:
+        if wish.compress and not args.existing and wish.target_format not in PACKAGES:
             _require_compression(wish)
-        if not args.existing and is_pipe(wish.target):
-            target = _pipe_target(graph, wish, args, total)
-        else:
-            if not args.existing:
-                refuse_to_overwrite(graph, wish.target)
-                _create(wish, total, graph)
-            target = _open_target(graph, wish, args)
+        package = _package(graph, wish, args, total)
+        target = _target(graph, wish, args, total) if package is None else package.disk
         if target.size < total:
             raise Failure("output file is smaller than input file")
         compress = wish.compress or target.only_compressed
@@ -180,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
 
                 copy_bitmaps(sources[0], target, skip_broken=args.skip_broken_bitmaps)
             reporter.phase = "flush"
-            _finish(graph, target, wish)
+            _finish(graph, target, wish, package)
         reporter.end_line()
     return 0
 
@@ -279,6 +276,33 @@ def _open_target(graph: Graph, wish: Wish, args: argparse.Namespace) -> Node:
     )
 
 
+def _package(graph: Graph, wish: Wish, args: argparse.Namespace, size: int) -> Package | None:
+    """The package that is wanted, in the making; None when it is an image."""
+    if wish.target_format not in PACKAGES:
+        return None
+    from diskwright.engine.package import Package
+
+    if args.existing:
+        raise Failure(f"-n makes no sense with {wish.target_format}: a package is written as a whole")
+    try:
+        return Package(graph, wish.target, wish.target_format, wish.options, align_up(size, SECTOR), wish.level)
+    except (DiskwrightError, OSError) as error:
+        raise _not_created(wish, error) from error
+
+
+def _target(graph: Graph, wish: Wish, args: argparse.Namespace, size: int) -> Node:
+    """The image to write into."""
+    if not args.existing:
+        from diskwright.core.create import refuse_to_overwrite
+        from diskwright.storage.pipe import is_pipe
+
+        if is_pipe(wish.target):
+            return _pipe_target(graph, wish, args, size)
+        refuse_to_overwrite(graph, wish.target)
+        _create(wish, size, graph)
+    return _open_target(graph, wish, args)
+
+
 def _pipe_target(graph: Graph, wish: Wish, args: argparse.Namespace, size: int) -> Node:
     """A new image that goes into a pipe. Nothing has gone there yet when this returns."""
     from diskwright.core.create import create_in_one_pass
@@ -292,7 +316,7 @@ def _pipe_target(graph: Graph, wish: Wish, args: argparse.Namespace, size: int) 
     if wish.level is not None:
         opening["compression-level"] = wish.level
     try:
-        pipe = PipeStorage(os.open(wish.target, os.O_WRONLY | os.O_CLOEXEC), wish.target)
+        pipe = PipeStorage(wish.target)
         return create_in_one_pass(graph, pipe, wish.target_format, {**wish.options, "size": size}, opening)
     except (DiskwrightError, OSError) as error:
         raise _not_created(wish, error) from error
@@ -312,11 +336,14 @@ def _reads_zero(target: Node, args: argparse.Namespace) -> bool:
     return args.target_is_zero or target.zero_init
 
 
-def _finish(graph: Graph, target: Node, wish: Wish) -> None:
+def _finish(graph: Graph, target: Node, wish: Wish, package: Package | None) -> None:
     """Closing writes back what is cached. Success is claimed only when the copy is where the user wants it."""
     try:
-        target.flush()
-        graph.release(target)
+        if package is not None:
+            package.finish()
+        else:
+            target.flush()
+            graph.release(target)
     except (DiskwrightError, OSError) as error:
         raise Failure(f"'{wish.target}' is incomplete: {message_of(error)}") from error
 

@@ -170,16 +170,21 @@ def gather(node: Node) -> ImageFacts:
     )
 
 
-def _allocated(node: Node) -> int | None:
-    """Bytes of media in use for an image, backing files not counted; None when a part does not know."""
+def _allocated(node: Node, seen: set[str] | None = None) -> int | None:
+    """Bytes of media in use for an image, backing files not counted, and nothing twice; None when a part does not
+    know."""
     from diskwright.core.node import StorageNode
 
+    seen = set() if seen is None else seen
+    if node.name in seen:
+        return 0
+    seen.add(node.name)
     if isinstance(node, StorageNode):
         return node.storage.allocated_size()
     total = 0
     for role, child in node.children().items():
         if role != "backing":
-            part = _allocated(child)
+            part = _allocated(child, seen)
             if part is None:
                 return None
             total += part
