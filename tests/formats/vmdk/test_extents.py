@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -208,3 +209,37 @@ def test_the_first_write_and_no_other_changes_the_cid(tmp_path: Path) -> None:
             check=True,
         )
         assert "Pattern" not in done.stdout
+
+
+def test_extents_cannot_have_tables_without_limit(tmp_path: Path) -> None:
+    """Each of them alone would be accepted; the files are nearly all holes."""
+    sectors = ((1 << 20) + 1) * 512 * 128
+    for name in ("a", "b"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(1 << 30)
+            file.write(
+                struct.pack("<4sIIQQQQIQQQB4sH", b"KDMV", 1, 1, sectors, 128, 0, 0, 512, 0, 128, 128, 0, b"\n \r\n", 0)
+            )
+    diskwright.open(str(descriptor(tmp_path / "one.vmdk", f'RW {sectors} SPARSE "a"'))).close()
+    path = descriptor(tmp_path / "two.vmdk", f'RW {sectors} SPARSE "a"', f'RW {sectors} SPARSE "b"')
+    with pytest.raises(LimitExceeded, match="together"):
+        diskwright.open(str(path))
+
+
+@pytest.mark.parametrize(
+    ("at", "form", "value"),
+    [
+        (4, "I", 4), (4, "I", 0),
+        (8, "I", 1 << 5), (12, "Q", 1 << 60), (20, "Q", 0), (20, "Q", 100), (20, "Q", 1 << 40),
+        (28, "Q", 1 << 50), (36, "Q", 1 << 50), (44, "I", 0), (44, "I", 1024), (48, "Q", 1 << 50), (56, "Q", 0),
+        (56, "Q", 1), (56, "Q", (1 << 64) - 1), (64, "Q", 1 << 50), (73, "I", 0),
+    ],
+)  # fmt: skip
+def test_a_header_that_cannot_be(at: int, form: str, value: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.vmdk"
+    create_image(str(path), "vmdk", {"size": 10 << 20})
+    raw = bytearray(path.read_bytes())
+    struct.pack_into(f"<{form}", raw, at, value)
+    path.write_bytes(raw)
+    with pytest.raises((CorruptImage, LimitExceeded, UnsupportedFeature)):
+        diskwright.open(str(path))

@@ -8,8 +8,10 @@ import re
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import zlib
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,23 @@ import pytest
 import diskwright
 from diskwright.cli.main import main
 from diskwright.errors import CorruptImage, DiskwrightError, LimitExceeded, UnsupportedFeature
+from tests.formats.campaign import Campaign
 from tests.formats.qcow2.support import qemu
 from tests.formats.vmdk.support import strict
 
 SIZE = 40 << 20
 GRAIN = 65536
+SMALL = 65536 + 3 * 66048 + 512 + 2048 + 1024 + 1536
+"""Bytes of an image with three grains that do not get smaller."""
+
+
+@cache
+def _small() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        source, path = Path(folder, "raw"), Path(folder, "a.vmdk")
+        source.write_bytes(random.Random(9).randbytes(3 * GRAIN))
+        _convert(source, path)
+        return path.read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -256,3 +270,20 @@ def test_others_read_what_is_written_here(read: Any, kind: str, raw: Path, conte
     path = tmp_path / "image.vmdk"
     assert main(["convert", "-O", "vmdk", "-o", f"subformat={kind}", str(raw), str(path)]) == 0
     assert read(path) == content
+
+
+class TestDamagedStream(Campaign):
+    """Of the campaign only the damage: such images are written once."""
+
+    format_name = "vmdk"
+    structures = ((0, 80), (512, 300), (65536, 64), (SMALL - 1536, 1100), (SMALL - 1536 - 512 - 2048, 2560))
+    test_both_read_what_the_other_wrote = None  # type: ignore[assignment]
+    test_a_crash_costs_nothing_that_was_flushed = None  # type: ignore[assignment]
+
+    def filled(self) -> bytes:
+        return _small()
+
+
+def test_the_structures_are_where_they_are_damaged() -> None:
+    raw = _small()
+    assert len(raw) == SMALL and raw[SMALL - 1024 :].startswith(b"KDMV")
