@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import unquote
 
 from diskwright.core.chunkmap import refuse_writing
 from diskwright.core.driver import CheckReport, Format, Info, OpenContext
@@ -122,7 +120,7 @@ class Ova(_Package):
         by_name = {member.name: member for member in members}
         found = envelope.parse(file.filename, _text(file, members[0]))
         which, href = _chosen(file.filename, found, options.disk)
-        member = by_name.get(href) or by_name.get(unquote(href.removeprefix("./")))
+        member = by_name.get(href) or by_name.get(_path_of(href))
         if member is None:
             raise CorruptImage(
                 file.filename, f"file of '{which.id}'", repr(href[:100]), None, "it is not in the archive"
@@ -169,11 +167,18 @@ class Ovf(_Package):
         which, href = _chosen(file.filename, found, options.disk)
         if not href:
             raise CorruptImage(file.filename, f"file of '{which.id}'", "missing", None)
-        below = context.open_reference("disk-file", unquote(href), None)
+        below = context.open_reference("disk-file", _path_of(href), None)
         if below.pread(0, min(len(_SPARSE), below.size)) != _SPARSE:
             raise UnsupportedFeature(f"{below.filename}: is no VMDK image in one file")
         disk = context.open_within("image", {"driver": "vmdk", "file": below.name})
         return cls((file, below, disk), 1, 0, found, which)
+
+
+def _path_of(href: str) -> str:
+    """The path a relative reference stands for."""
+    from urllib.parse import unquote
+
+    return unquote(href.removeprefix("./"), errors="surrogateescape")
 
 
 def _text(file: Node, member: archive.Member) -> bytes:
@@ -205,6 +210,8 @@ def _chosen(path: str, found: envelope.Envelope, wanted: str) -> tuple[envelope.
 
 
 def _check_digests(report: CheckReport, file: Node, text: bytes, by_name: dict[str, archive.Member]) -> None:
+    import hashlib
+
     for method, raw_name, digest in _DIGEST.findall(text):
         name = raw_name.decode("utf-8", "surrogateescape")
         member = by_name.get(name)

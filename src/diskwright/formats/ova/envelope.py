@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
-from xml.sax.saxutils import escape, quoteattr
 
 from diskwright.errors import CorruptImage, LimitExceeded, UnsupportedFeature
 
@@ -112,6 +111,8 @@ def make(
 ) -> bytes:
     """The descriptor of a machine with one disk. ``disk_size`` is the length of its file, ``capacity`` of the disk, in
     bytes; ``memory`` in MiB. Resource types are those of CIM_ResourceAllocationSettingData."""
+    from xml.sax.saxutils import escape, quoteattr
+
     ide = adapter == "ide"
     size = "" if disk_size is None else f' ovf:size="{disk_size}"'
     controller: dict[str, object] = {"ElementName": "IDE controller 0" if ide else "SCSI controller 0", "InstanceID": 3}
