@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import struct
 import subprocess
@@ -21,9 +22,11 @@ from diskwright.core.node import StorageNode
 from diskwright.errors import CorruptImage, LimitExceeded, UnsafeReference, UnsupportedFeature
 from diskwright.formats.vmdk.driver import Vmdk
 from tests.crash.recording import RecordedFile, Recording
+from tests.crash.workload import Workload
 from tests.formats.campaign import Campaign
-from tests.formats.qcow2.support import qemu
+from tests.formats.qcow2.support import LONG, qemu
 from tests.formats.vmdk.support import descriptor
+from tests.formats.vmdk.test_vmdk import TestSparse as _TestSparse
 
 KINDS = ("monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat")
 STEP = 1 << 20
@@ -243,3 +246,20 @@ def test_a_header_that_cannot_be(at: int, form: str, value: int, tmp_path: Path)
     path.write_bytes(raw)
     with pytest.raises((CorruptImage, LimitExceeded, UnsupportedFeature)):
         diskwright.open(str(path))
+
+
+@pytest.mark.parametrize("campaign", [_TestSparse, TestSplitSparse, TestFlat, TestSplitFlat])
+def test_a_crash_while_growing(campaign: type[Campaign], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past what the tables are for: they cover 32 MiB each."""
+    monkeypatch.setattr("diskwright.formats.vmdk.create.SPLIT", 31 << 20)
+    monkeypatch.setattr("diskwright.formats.vmdk.resize.SPLIT", 64 << 20)
+    chance, kind = random.Random(campaign.__name__), campaign()
+    files = kind.created_files((31 << 20) + 512 * 5 if campaign in (_TestSparse, TestFlat) else 31 << 20)
+    with Workload(files.pop("file"), opener=kind.opener, **files) as work:
+        work.write(0, chance.randbytes(70_656))
+        work.write(work.disk.size - 3072, chance.randbytes(3072))
+        work.resize(work.disk.size + 1024)
+        work.write(work.disk.size - 1024, chance.randbytes(1024))
+        work.resize(33 << 20)
+        work.write((32 << 20) + 102_400, chance.randbytes(70_656))
+    work.verify(chance, most=0 if LONG else 14, each=1)
