@@ -12,7 +12,6 @@ import tempfile
 import threading
 import zlib
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from diskwright.cli.main import main
 from diskwright.errors import CorruptImage, DiskwrightError, LimitExceeded, UnsupportedFeature
 from tests.formats.campaign import Campaign
 from tests.formats.qcow2.support import qemu
+from tests.formats.vmdk.readers import READERS
 from tests.formats.vmdk.support import strict
 
 SIZE = 40 << 20
@@ -236,30 +236,6 @@ def test_huge_grains_are_refused(tmp_path: Path) -> None:
 
 
 # -- other readers ---------------------------------------------------------------------------------
-
-
-def _by_libvmdk(path: Path) -> bytes:
-    import pyvmdk
-
-    handle: Any = pyvmdk.handle()
-    handle.open(str(path))
-    handle.open_extent_data_files()
-    data = bytes(handle.read_buffer(handle.get_media_size()))
-    handle.close()
-    return data
-
-
-def _by_dissect(path: Path) -> bytes:
-    from dissect.hypervisor.disk.vmdk import VMDK
-
-    disk: Any = VMDK(path)
-    return bytes(disk.read(disk.size))
-
-
-READERS = [
-    pytest.param(_by_libvmdk, marks=pytest.mark.skipif(not find_spec("pyvmdk"), reason="needs libvmdk-python")),
-    pytest.param(_by_dissect, marks=pytest.mark.skipif(not find_spec("dissect"), reason="needs dissect.hypervisor")),
-]
 
 
 @pytest.mark.parametrize("read", READERS)
