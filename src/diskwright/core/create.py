@@ -165,7 +165,10 @@ class Plan:
             return {}
         format = cast("str | None", self.given.get("backing_fmt"))
         spec = resolve(str(name), self.filename)
-        return {"backing": graph.open(spec, driver=format, force_share=True, backing=False, guest_data=False)}
+        try:
+            return {"backing": graph.open(spec, driver=format, force_share=True, backing=False, guest_data=False)}
+        except OSError as error:
+            raise ImageError(f"Could not open '{spec}': {error.strerror}") from error
 
     def _open_storage(self, graph: Graph) -> Node:
         values = {"driver": self.storage.name, **self.storage.parse_filename(self.filename)}

@@ -348,3 +348,15 @@ class TestReading(Reading):
             Path(source).write_bytes(self.disk())
             diskwright.convert(source, os.path.join(folder, "a.ova"), source_format="raw")
             return Path(folder, "a.ova").read_bytes()
+
+
+def test_long_texts_take_no_time(vmdk: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.ova"
+    _archive(path, ("a.ovf", _envelope(("one", "d.vmdk")).encode()), ("d.vmdk", vmdk), ("a.mf", b"SHA256(" * 140_000))
+    assert main(["check", "-q", str(path)]) == 0
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo("a.ovf")
+        member.pax_headers = {f"k{i}": "" for i in range(100_000)}
+        archive.addfile(member)
+    with pytest.raises(DiskwrightError):
+        diskwright.open(str(path), format="ova")

@@ -263,3 +263,21 @@ def test_a_crash_while_growing(campaign: type[Campaign], monkeypatch: pytest.Mon
         work.resize(33 << 20)
         work.write((32 << 20) + 102_400, chance.randbytes(70_656))
     work.verify(chance, most=0 if LONG else 7, each=1)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "parentFileNameHint=x" + " " * 1_000_000 + "y",
+        "CID=" + "\t" * 1_000_000 + "y",
+        "RW 1 FLAT " + " " * 1_000_000,
+        "RW 1 " + "F" * 1_000_000,
+        'RW 1 FLAT "' + "x" * 1_000_000,
+        "ddb.geometry.cylinders" + " " * 1_000_000,
+    ],
+    ids=lambda line: line[:12],
+)
+def test_long_lines_take_no_time(line: str, tmp_path: Path) -> None:
+    path = descriptor(tmp_path / "a.vmdk", line)
+    with pytest.raises((CorruptImage, UnsupportedFeature)), diskwright.open(str(path)) as disk:
+        raise UnsupportedFeature(f"{disk.size}")  # it is harmless

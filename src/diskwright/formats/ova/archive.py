@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 BLOCK: Final = 512
 MAX_MEMBERS: Final = 1000
-_MAX_EXTENDED: Final = 1 << 20
+_MAX_EXTENDED: Final = 1 << 16
 """Bytes of an extended header at most."""
 _HEADER: Final = struct.Struct("100s8s8s8s12s12s8sc100s6s2s32s32s8s8s155s12x")
 _FILES: Final = (b"0", b"\0", b"7")
@@ -95,15 +95,16 @@ def _number(raw: bytes) -> int | None:
 def _records(file: Node, at: int, text: bytes) -> dict[str, str]:
     """The records of a pax header: ``length key=value`` and a newline, each."""
     found: dict[str, str] = {}
-    while text:
-        digits, space, _ = text.partition(b" ")
-        length = int(digits) if digits.isdigit() and len(digits) < 8 else 0
-        record = text[len(digits) + 1 : length - 1]
-        if not space or length <= len(digits) + 2 or length > len(text) or text[length - 1 : length] != b"\n":
+    start = 0
+    while start < len(text):
+        space = text.find(b" ", start, start + 9)
+        digits = text[start:space] if space > 0 else b""
+        end = start + int(digits) if digits.isdigit() else 0
+        if not space < end - 1 < len(text) or text[end - 1 : end] != b"\n":
             raise CorruptImage(file.filename, "extended header", "damaged", at)
-        key, _, value = record.decode("utf-8", "surrogateescape").partition("=")
+        key, _, value = text[space + 1 : end - 1].decode("utf-8", "surrogateescape").partition("=")
         found[key] = value
-        text = text[length:]
+        start = end
     return found
 
 

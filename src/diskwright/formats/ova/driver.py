@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from diskwright.core.node import Node
 
 _SPARSE: Final = b"KDMV"
-_DIGEST: Final = re.compile(rb"(SHA(?:1|256|512))[ \t]*\(([^\r\n]*)\)[ \t]*=[ \t]*([0-9a-fA-F]{40,128})[ \t\r]*$", re.M)
+_DIGEST: Final = re.compile(
+    rb"^[ \t]*(SHA(?:1|256|512))[ \t]*\(([^\r\n]*)\)[ \t]*=[ \t]*([0-9a-fA-F]{40,128})[ \t\r]*$", re.M
+)
 _MAX_MANIFEST: Final = 1 << 20
 _STEP: Final = 4 * MiB
 _HEAD: Final = 4096

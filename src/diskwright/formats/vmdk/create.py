@@ -165,8 +165,6 @@ def _check(options: VmdkCreateOptions, *names: str) -> None:
         raise OptionError("compat6 cannot be enabled with hwversion set")
     if options.flat and options.zeroed_grain:
         raise OptionError("Flat image can't enable zeroed grain")
-    if options.subformat == "streamOptimized" and options.zeroed_grain:
-        raise OptionError("A streamOptimized image can't enable zeroed grain")
     check_texts(*names, options.hwversion, options.toolsversion)
 
 
@@ -200,7 +198,8 @@ def _sparse(file: Node, size: int, text: bytes, *, zeroed_grain: bool) -> None:
 
 
 def _stream(file: Node, size: int, text: bytes) -> None:
-    """Makes an extent that is written in one pass: complete, with nothing in it."""
+    """Makes an extent that is written in one pass: complete, with nothing in it. Grains of zeros are left out whether
+    ``zeroed_grain`` was asked for or not."""
     header = plan_stream(size)
     room = header.descriptor_size * SECTOR
     if len(text) > room:

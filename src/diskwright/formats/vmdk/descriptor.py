@@ -25,9 +25,7 @@ MAX_EXTENTS: Final = 4096
 _MOST_SECTORS: Final = (1 << 63) // SECTOR - 1
 
 _SIGNATURE: Final = re.compile(rb"(?:[ \t]*(?:#[^\n]*)?\r?\n)*[ \t]*version[ \t]*=[ \t]*[123][ \t]*\r?(?:\n|\Z)")
-_FIELD: Final = re.compile(
-    r"^[ \t]*(CID|parentCID|createType|parentFileNameHint)[ \t]*=[ \t]*(.*?)[ \t\r]*$", re.M | re.I
-)
+_FIELD: Final = re.compile(r"^[ \t]*(CID|parentCID|createType|parentFileNameHint)[ \t]*=(.*)$", re.M | re.I)
 _EXTENT_LINE: Final = re.compile(r"^[ \t]*(?:RW|RDONLY|NOACCESS)[ \t].*$", re.M)
 _EXTENT: Final = re.compile(
     r'[ \t]*(RW|RDONLY|NOACCESS)[ \t]+(\d{1,19})[ \t]+(\w+)(?:[ \t]+"([^"]*)"(?:[ \t]+(-?\d{1,19})(?=\s|$))?)?(?:\s|$)'
@@ -75,7 +73,7 @@ def parse(path: str, raw: bytes) -> Descriptor:
     lines = text.decode("utf-8", "surrogateescape")
     fields: dict[str, str] = {}
     for name, value in _FIELD.findall(lines):
-        fields.setdefault(name.lower(), value)
+        fields.setdefault(name.lower(), value.strip(" \t\r"))
     hint = _unquoted(fields["parentfilenamehint"]) if "parentfilenamehint" in fields else None
     found = Descriptor(
         _number(path, fields, "CID"), _number(path, fields, "parentCID"), _unquoted(fields.get("createtype", "")), hint,
