@@ -173,3 +173,17 @@ class TestQedSmallest(FormatConformance):
     create_options = {"cluster-size": 4096, "table-size": 1}
     has_backing = True
     model_examples = 15
+
+
+class TestVhdx(FormatConformance):
+    format_name = "vhdx"
+    create_options = {"block-size": 1 << 20}
+    model_examples = 15
+
+
+class TestVhdxFixed(FormatConformance):
+    format_name = "vhdx"
+    create_options = {"block-size": 1 << 20, "subformat": "fixed"}
+    can_grow = False
+    sparse = False
+    model_examples = 15

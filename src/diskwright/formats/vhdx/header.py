@@ -177,8 +177,8 @@ class Headers:
 # -- the region tables -----------------------------------------------------------------------------
 
 
-def read_regions(source: Bytes) -> dict[bytes, Region]:
-    """The known regions, by GUID. Raises CorruptImage, UnsupportedFeature."""
+def read_regions(source: Bytes) -> tuple[dict[bytes, Region], list[Region]]:
+    """The known regions, by GUID, and the others. Raises CorruptImage, UnsupportedFeature."""
     path = source.filename
     for place in TABLE_PLACES:
         data = source.pread(place, TABLE_SIZE)
@@ -192,7 +192,7 @@ def read_regions(source: Bytes) -> dict[bytes, Region]:
     if count > _MOST_REGIONS:
         raise CorruptImage(path, "EntryCount", count, place + 8, f"at most {_MOST_REGIONS} are possible")
     regions: dict[bytes, Region] = {}
-    taken: list[tuple[int, int]] = []
+    others: list[Region] = []
     for number in range(count):
         at = _TABLE.size + number * _REGION.size
         guid, offset, length, required = _REGION.unpack_from(data, at)
@@ -205,17 +205,17 @@ def read_regions(source: Bytes) -> dict[bytes, Region]:
             )  # fmt: skip
         if guid in regions:
             raise CorruptImage(path, "Region Table", "damaged", place + at, f"{_REGION_NAMES[guid]} is there twice")
-        taken.append((offset, offset + length))
         if guid in _REGION_NAMES:
             regions[guid] = Region(offset, length)
+        else:
+            others.append(Region(offset, length))
     for guid, name in _REGION_NAMES.items():
         if guid not in regions:
             raise CorruptImage(path, "Region Table", "damaged", place, f"there is no {name} region")
-    taken.sort()
-    for (_, end), (start, _) in pairwise(taken):
-        if start < end:
-            raise CorruptImage(path, "Region Table", "damaged", place, f"two regions overlap at {start:#x}")
-    return regions
+    for before, after in pairwise(sorted([*regions.values(), *others], key=lambda region: region.offset)):
+        if after.offset < before.end:
+            raise CorruptImage(path, "Region Table", "damaged", place, f"two regions overlap at {after.offset:#x}")
+    return regions, others
 
 
 def encode_regions(bat: Region, metadata: Region) -> bytes:

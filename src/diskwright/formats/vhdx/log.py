@@ -75,8 +75,9 @@ class Log:
         self._known: dict[int, Entry | None] = {}
         self._checksummed = 0
 
-    def active(self) -> list[Entry]:
-        """The entries to replay, in order. Raises CorruptImage when there are none, or the file has been cut off."""
+    def active(self, *, repair: bool = False) -> list[Entry]:
+        """The entries to replay, in order. Raises CorruptImage when there are none, or the file has been cut off; to
+        ``repair`` it, there may be none, and as much of the file as there is."""
         path = self._file.filename
         best: list[Entry] = []
         steps = 0
@@ -99,12 +100,14 @@ class Log:
                 break  # it goes on at the log's beginning, where the search came from
             while at < len(starts) and starts[at] < end:
                 at += 1
+        if not best and repair:
+            return []
         if not best:
             raise CorruptImage(
                 path, "log", "damaged", self._header.log_offset,
                 "the header says that it is in use, and no entry in it is whole; 'check -r all' gives it up",
             )  # fmt: skip
-        if self._file.size < best[-1].flushed_file_offset:
+        if self._file.size < best[-1].flushed_file_offset and not repair:
             raise CorruptImage(
                 path, "length of the file", self._file.size, None,
                 f"it had {best[-1].flushed_file_offset} bytes when its log was written: it has been cut off",
@@ -265,6 +268,9 @@ class Replayed:
 
     def announce(self, name: str) -> None:
         self._file.announce(name)
+
+    def flush(self) -> None:
+        """There is nothing to flush."""
 
 
 def replay(file: Node, log: Log, entries: Sequence[Entry]) -> None:
