@@ -421,7 +421,7 @@ class BlockMap(Format):
             if self._end == end:
                 self._end = placed.place
 
-    def _close(self, placed: _Placed) -> None:
+    def _close(self, placed: Placed) -> None:
         self.table.unpin(placed.first // self._items)
         self._turns.finish(placed)
 

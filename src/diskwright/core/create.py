@@ -119,6 +119,7 @@ class Plan:
             rehearsed = replace(rehearsed, **cheap)
         with _own_graph(None) as graph:
             parts = {role: graph.open({"driver": "memory"}, writable=True) for role in self._parts(driver)}
+            parts.update(self._parent(graph, driver))
             driver.create_from(graph.open({"driver": "memory"}, writable=True), rehearsed, parts)
 
     def _make_storage(self) -> None:
@@ -152,10 +153,24 @@ class Plan:
                 role: graph.open({"driver": storage.name, **_without_size(values)}, writable=True)
                 for role, (storage, values) in parts.items()
             }
-            driver.create_from(node, self.format_options, made)
+            driver.create_from(node, self.format_options, {**made, **self._parent(graph, driver)})
             for part in made.values():
                 part.flush()
             node.flush()
+
+    def _parent(self, graph: Graph, driver: type[Format]) -> dict[str, Node]:
+        """The backing image, for a format that asks it. Nobody may be writing to it."""
+        name = self.given.get("backing_file")
+        if not driver.reads_parent or name is None:
+            return {}
+        format = cast("str | None", self.given.get("backing_fmt"))
+        try:
+            return {"backing": graph.open(resolve(str(name), self.filename), driver=format, backing=False)}
+        except OSError as error:
+            text = f"Could not open backing image: {error.strerror}"
+            raise OSError(error.errno, text, error.filename or name) from error
+        except DiskwrightError as error:
+            raise ImageError(f"Could not open backing image: {error}") from error
 
     def _open_storage(self, graph: Graph) -> Node:
         values = {"driver": self.storage.name, **self.storage.parse_filename(self.filename)}

@@ -342,6 +342,9 @@ class Format(ABC):
     amend_options: ClassVar[type] = NoOptions
     has_backing: ClassVar[bool] = False
     """Whether UNALLOCATED ranges may be answered by a backing node."""
+    reads_parent: ClassVar[bool] = False
+    """Whether a new image over a backing file says something the backing image has to be asked for: then
+    ``create_from`` gets that one, open for reading, as the part ``backing``."""
     suffixes: ClassVar[tuple[str, ...]] = ()
     """File name endings this format usually has; only a hint, never proof."""
 
@@ -503,6 +506,10 @@ class Format(ABC):
         """Names another backing file of ``format`` in the image, or none, and makes that durable; what was written
         before is durable then too. A crash leaves the old name or the new one. Contents are the caller's affair."""
         raise not_supported(f"Format '{self.name}' cannot change its backing file")
+
+    def attach_backing(self, backing: Node | None, *, verify: bool) -> None:
+        """``backing`` is about to become the node's backing node, or to be taken away. Raises ImageError when the image
+        knows it for another one than it was made over; not without ``verify``, by somebody who knows better."""
 
     def make_empty(self) -> None:
         """Takes everything this layer holds off its map, so that reads go to the backing node. What that holds has

@@ -307,6 +307,7 @@ class Graph:
                 if isinstance(choice, str)
                 else self._open_any(cast(Mapping[str, object], choice), None, below, made, chain)
             )
+            node.format.attach_backing(backing, verify=True)
         elif hint is None:
             return
         else:
@@ -320,6 +321,7 @@ class Graph:
                 raise ImageError(f"{node.filename}: its backing chain comes back to '{name}'")
             try:
                 backing = self._open_any(name, hint.format, below, made, chain)
+                node.format.attach_backing(backing, verify=True)
             except OSError as error:
                 text = f"{_BACKING_FAILED * len(chain)}{error.strerror}"
                 raise OSError(error.errno, text, error.filename or name) from error
@@ -407,6 +409,8 @@ class Graph:
                 raise GraphError(f"Making '{node.name}' a backing file of itself would create a cycle")
             below = below_filters(below).backing
         with self.drained(), self._lock:
+            if isinstance(node, FormatNode):
+                node.format.attach_backing(backing, verify=False)
             old, node.backing = node.backing, backing
             if backing is not None:
                 self._hold(backing)

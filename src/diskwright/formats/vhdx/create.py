@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from diskwright.core.driver import MeasuredSource, Measurement
-from diskwright.core.options import BOOL, SIZE, OneOf, option
+from diskwright.core.options import BOOL, SIZE, STR, OneOf, option
 from diskwright.errors import LimitExceeded, OptionError
 from diskwright.formats.vhdx.header import (
     HEADER_PLACES,
@@ -35,6 +35,8 @@ ZERO_STATE: Final = 2
 _STEP: Final = 1 << 17
 """Table entries written at a time."""
 _MOST_LOG: Final = 4 * GiB
+_DIFFERENCING_BLOCK: Final = 2 * MiB
+"""What Hyper-V takes: such an image has parts of many blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,8 @@ class VhdxCreateOptions:
     block_size: int = option(SIZE, "size of a block, 1 MiB to 256 MiB; 0: chosen by the disk's size", default=0)
     subformat: str = option(OneOf("dynamic", "fixed"), "kind of image", default="dynamic")
     block_state_zero: bool = option(BOOL, "blocks of a dynamic image are zeros, not undefined", default=True)
+    backing_file: str | None = option(STR, "the parent, a VHDX image, of a differencing image", default=None)
+    backing_fmt: str | None = option(STR, "image format of the parent", default=None)
     logical_sector_size: int = option(SIZE, "bytes of the disk's sectors: 512 or 4096", default=512)
     physical_sector_size: int = option(SIZE, "bytes the disk says it writes at once: 512 or 4096", default=512)
 
@@ -63,8 +67,9 @@ class Layout:
         return self.metadata.end
 
 
-def plan(options: VhdxCreateOptions, locator: bytes | None = None) -> Layout:
-    """The parts of a new image. Raises OptionError, LimitExceeded."""
+def plan(options: VhdxCreateOptions, locator: bytes | None = None, parent: Disk | None = None) -> Layout:
+    """The parts of a new image, which is the same disk as ``parent`` (MS-VHDX 2.6.1.2). Raises OptionError,
+    LimitExceeded."""
     if options.size > MAX_SIZE:
         raise LimitExceeded("Image size too large; max of 64TB")
     if options.log_size >= _MOST_LOG:
@@ -74,14 +79,17 @@ def plan(options: VhdxCreateOptions, locator: bytes | None = None) -> Layout:
     for name in ("logical_sector_size", "physical_sector_size"):
         if getattr(options, name) not in SECTOR_SIZES:
             raise OptionError(f"{name} must be 512 or 4096")
+    if options.subformat == "fixed" and (locator is not None or options.backing_file is not None):
+        raise OptionError("An image with a parent cannot be of the subformat 'fixed'")
+    sector = options.logical_sector_size if parent is None else parent.logical_sector
     disk = Disk(
-        size=align_up(options.size, options.logical_sector_size),
+        size=align_up(options.size, sector),
         block_size=_block_size(options),
         leave_allocated=options.subformat == "fixed",
         has_parent=locator is not None,
-        logical_sector=options.logical_sector_size,
-        physical_sector=options.physical_sector_size,
-        disk_id=new_guid(),
+        logical_sector=sector,
+        physical_sector=options.physical_sector_size if parent is None else parent.physical_sector,
+        disk_id=new_guid() if parent is None else parent.disk_id,
         locator=locator,
     )
     log = Region(SECTION, align_up(options.log_size, MiB))
@@ -96,6 +104,8 @@ def table_entries(disk: Disk) -> int:
 
 def _block_size(options: VhdxCreateOptions) -> int:
     size = options.block_size
+    if size == 0 and options.backing_file is not None:
+        return _DIFFERENCING_BLOCK
     if size == 0:
         if options.size > 32 * TiB:
             return 64 * MiB
@@ -108,9 +118,9 @@ def _block_size(options: VhdxCreateOptions) -> int:
     return size
 
 
-def create(file: Node, options: VhdxCreateOptions, locator: bytes | None = None) -> None:
+def create(file: Node, options: VhdxCreateOptions, locator: bytes | None = None, parent: Disk | None = None) -> None:
     """Makes an empty image. The region tables and headers come last: without them it is none."""
-    layout = plan(options, locator)
+    layout = plan(options, locator, parent)
     disk, fixed = layout.disk, options.subformat == "fixed"
     end = layout.end + (disk.blocks * disk.block_size if fixed else 0)
     file.resize(end)

@@ -15,7 +15,7 @@ from diskwright.core.blockmap import CACHE_BYTES, NOWHERE, ZEROS, BlockMap
 from diskwright.core.driver import CheckReport, Info, MeasuredSource, Measurement, OpenContext, Reservation
 from diskwright.core.options import BOOL, option
 from diskwright.core.tables import Piece, SliceCache
-from diskwright.errors import CorruptImage, LimitExceeded, UnsupportedFeature
+from diskwright.errors import CorruptImage, LimitExceeded, OptionError, UnsupportedFeature
 from diskwright.extents import DATA, Extent, Extents
 from diskwright.formats.vhdx.create import VhdxCreateOptions, create, measure
 from diskwright.formats.vhdx.header import (
@@ -54,6 +54,7 @@ _MOST_PLACE: Final = 1 << 47
 @dataclass(frozen=True, kw_only=True)
 class VhdxOptions:
     repair: bool = option(BOOL, "open an image whose log is damaged, to repair it", default=False)
+    ignore_id_mismatch: bool = option(BOOL, "read from a parent though it has changed since", default=False)
 
 
 class Vhdx(BlockMap):
@@ -63,6 +64,7 @@ class Vhdx(BlockMap):
     options = VhdxOptions
     create_options = VhdxCreateOptions
     has_backing = True
+    reads_parent = True
     suffixes = (".vhdx", ".avhdx")
     alignment = MiB
     zero_entry = ZERO_STATE
@@ -89,6 +91,10 @@ class Vhdx(BlockMap):
         )
         super().__init__(file, about.size, about.block_size, table, SECTION)
         self.file = source
+        self.followers: list[Callable[[bytes], None]] = []
+        """Told the new identity before this image's contents change: its children, when they go into it."""
+        self.trusting = False
+        """Whether the parent need not be the one the image was made over."""
         self._known_size = 0  # of the file: it may be longer by now
         self._flushed = 0  # length of the file that the flush under way makes durable
 
@@ -108,9 +114,11 @@ class Vhdx(BlockMap):
         regions, others = read_regions(source)
         about = read_disk(source, regions[METADATA_REGION])
         cls._check_bat(source, regions[BAT_REGION], about)
+        kind = cls
         if about.has_parent:
-            raise UnsupportedFeature(f"{file.filename}: is a differencing image, which is not supported")
-        image = cls(file, headers, found, regions, others, about)
+            from diskwright.formats.vhdx.differencing import Differencing as kind
+        image = kind(file, headers, found, regions, others, about)
+        image.trusting = options.ignore_id_mismatch
         if found.source is not None:
             image.check_overlay(found.source)
         return image
@@ -226,8 +234,13 @@ class Vhdx(BlockMap):
 
     def begin(self, *, contents: bool) -> None:
         """Before the first change of the file; ``contents``: of what the disk reads as, too. Under both locks."""
-        if not self.journal.active:
-            self.journal.begin(new_guid() if contents else None)
+        if self.journal.active:
+            return
+        guid = new_guid() if contents else None
+        if guid is not None:
+            for follow in self.followers:
+                follow(guid)
+        self.journal.begin(guid)
 
     def take(self, length: int) -> int:
         """Space at the end of the file, in whole MiB."""
@@ -275,9 +288,21 @@ class Vhdx(BlockMap):
         if not self.about.leave_allocated:
             super().discard(offset, length)
 
+    def unwritten(self) -> bool:
+        """Whether there are changes that have not been written back."""
+        return self.table.changed > 0
+
     def close(self) -> None:
-        super().close()
+        if self.surveyed and self.unwritten():
+            self.write_back()
         self.journal.end()
+
+    def grown(self) -> None:
+        """The disk has more blocks now."""
+
+    def bitmap_entries(self, first: int, end: int) -> Iterator[tuple[int, int]]:
+        """``(chunk, entry)`` of the blocks of the sector bitmap there are of some chunks."""
+        return iter(())
 
     # -- checking ----------------------------------------------------------------------------------
 
@@ -349,7 +374,17 @@ class Vhdx(BlockMap):
 
     @classmethod
     def create(cls, file: Node, options: VhdxCreateOptions) -> None:
+        if options.backing_file is not None:
+            raise OptionError("The parent of a VHDX image has to be looked at")
         create(file, options)
+
+    @classmethod
+    def create_from(cls, file: Node, options: VhdxCreateOptions, parts: Mapping[str, Node]) -> None:
+        if "backing" not in parts:
+            return cls.create(file, options)
+        from diskwright.formats.vhdx.differencing import create_over
+
+        return create_over(file, options, parts["backing"])
 
     @classmethod
     def measure(cls, options: VhdxCreateOptions, source: MeasuredSource | None) -> Measurement:

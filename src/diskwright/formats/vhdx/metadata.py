@@ -179,6 +179,30 @@ def _places(source: Bytes, region: Region) -> dict[bytes, tuple[int, int]]:
     return places
 
 
+def changed_item(source: Bytes, region: Region, guid: bytes, item: bytes) -> list[tuple[int, bytes]]:
+    """``(file offset, bytes)`` of what has to be written, all at once, to give a system item that is there other
+    contents. Raises LimitExceeded."""
+    table = source.pread(region.offset, TABLE)
+    count = _HEAD.unpack_from(table)[2]
+    others: list[tuple[int, int]] = []
+    own = -1
+    for at in range(_HEAD.size, _HEAD.size + count * _ENTRY.size, _ENTRY.size):
+        found, offset, length, flags, _ = _ENTRY.unpack_from(table, at)
+        if found == guid and not flags & _IS_USER:
+            own = at
+        elif length:
+            others.append((offset, offset + length))
+    place = TABLE
+    for start, end in sorted(others):
+        if place + len(item) <= start:
+            break
+        place = max(place, end)
+    if place + len(item) > region.length or own < 0:
+        raise LimitExceeded(f"{source.filename}: its metadata region has no room for {len(item)} bytes more")
+    entry = _ENTRY.pack(guid, place, len(item), _KNOWN[guid][2], 0)
+    return [(region.offset + own, entry), (region.offset + place, item)]
+
+
 def guid_text(raw: bytes) -> str:
     return str(uuid.UUID(bytes_le=raw))
 

@@ -16,7 +16,7 @@ from diskwright.errors import LimitExceeded, OptionError, UnsupportedFeature
 from diskwright.extents import windows
 from diskwright.formats.vhdx.create import ZERO_STATE, table_entries
 from diskwright.formats.vhdx.header import METADATA_REGION, TABLE_PLACES, Region, encode_regions
-from diskwright.formats.vhdx.metadata import MAX_SIZE, VIRTUAL_DISK_SIZE
+from diskwright.formats.vhdx.metadata import MAX_SIZE, VIRTUAL_DISK_SIZE, Disk
 from diskwright.units import MiB, align_up
 
 if TYPE_CHECKING:
@@ -46,8 +46,10 @@ def grow(image: Vhdx, size: int, conceal: Callable[[], None] | None) -> None:
             image, Region(image.take(align_up(8 * table_entries(new), MiB)), align_up(8 * table_entries(new), MiB))
         )
     _fill(image, old_about.blocks, new.blocks)
+    _end_table(image, old_about, new)
     image.about, image.size = new, size
     image.table.clear()
+    image.grown()
     try:
         if conceal is not None:
             conceal()
@@ -78,7 +80,7 @@ def _copy_table(image: Vhdx, bat: Region) -> None:
 
 
 def _fill(image: Vhdx, first: int, end: int) -> None:
-    """Entries of new blocks; those between, of the sector bitmap, are not there."""
+    """Entries of new blocks; those between, of the sector bitmap, stay as they are or are not there."""
     import numpy as np
 
     ratio = image.about.chunk_ratio
@@ -87,7 +89,17 @@ def _fill(image: Vhdx, first: int, end: int) -> None:
         index = blocks + blocks // ratio
         entries = np.zeros(int(index[-1] - index[0]) + 1, "<u8")
         entries[index - index[0]] = ZERO_STATE
+        for chunk, entry in image.bitmap_entries(at // ratio, (at + count - 1) // ratio):
+            entries[(chunk + 1) * ratio + chunk - int(index[0])] = entry
         image.file.writev([(image.bat.offset + 8 * int(index[0]), memoryview(entries.tobytes()))])
+
+
+def _end_table(image: Vhdx, old: Disk, new: Disk) -> None:
+    """A differencing image's table ends with the entry of a block of the sector bitmap: a new last one."""
+    ratio = new.chunk_ratio
+    last = -(-new.blocks // ratio) - 1
+    if new.has_parent and last >= -(-old.blocks // ratio):
+        image.file.writev([(image.bat.offset + 8 * ((last + 1) * ratio + last), memoryview(bytes(8)))])
 
 
 def _commit(image: Vhdx, moved: bool) -> None:
