@@ -53,11 +53,13 @@ class TestSmallBlocks(Campaign):
 
 
 class TestLargeBlocks(TestSmallBlocks):
+    test_damage_ends_in_an_answer_or_an_error = None
     create_options = {"block-size": 2 * MiB, "log-size": 3 * MiB}
     qemu_options = "block_size=2M,log_size=3M"
 
 
 class TestUndefinedBlocks(TestSmallBlocks):
+    test_damage_ends_in_an_answer_or_an_error = None
     create_options = {"block-size": MiB, "block-state-zero": False}
     qemu_options = "block_size=1M,block_state_zero=off"
 

@@ -226,6 +226,26 @@ def test_growing_a_child(tmp_path: Path) -> None:
     assert ours("check", "child.avhdx", cwd=tmp_path).code == 0
 
 
+def test_a_child_whose_locator_has_changed_has_another_identity_when_it_is_written_to(tmp_path: Path) -> None:
+    """The locator is no part of the disk's contents; what is written in the same session is."""
+    _, child, _ = family(tmp_path)
+
+    def identity() -> bytes:
+        data = child.read_bytes()
+        at = max((64 << 10, 128 << 10), key=lambda place: struct.unpack_from("<Q", data, place + 8))
+        return data[at + 32 : at + 48]
+
+    before = identity()
+    with diskwright.open(str(child), writable=True) as disk:
+        disk.node.format.change_backing("parent.vhdx", "vhdx")
+        assert identity() == before
+        disk.pwrite(0, b"x")
+        assert identity() != before
+    make(tmp_path / "grandchild", None, backing_file="child.avhdx", backing_fmt="vhdx")
+    with diskwright.open(str(tmp_path / "grandchild")) as disk:
+        assert disk.pread(0, 1) == b"x"
+
+
 # -- the locator -------------------------------------------------------------------------------------
 
 

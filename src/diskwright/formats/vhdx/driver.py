@@ -91,6 +91,8 @@ class Vhdx(BlockMap):
         )
         super().__init__(file, about.size, about.block_size, table, SECTION)
         self.file = source
+        self._identity: bytes | None = None  # of the contents, once they change
+        self._identified = False  # whether the file says so
         self.followers: list[Callable[[bytes], None]] = []
         """Told the new identity before this image's contents change: its children, when they go into it."""
         self.trusting = False
@@ -225,6 +227,7 @@ class Vhdx(BlockMap):
         yield header.log_offset, header.log_offset + header.log_length
 
     def _survey(self) -> None:
+        self._check_ends()
         super()._survey()
         parts = sorted(set(self.tables()))
         for (_, end), (start, _) in pairwise(parts):
@@ -232,15 +235,28 @@ class Vhdx(BlockMap):
                 raise CorruptImage(self.path, "log or region", "damaged", None, f"two of them overlap at {start:#x}")
         self.begin(contents=True)
 
+    def _check_ends(self) -> None:
+        """A block behind the end of the file would seem to be zeros as soon as the file grows."""
+        import numpy as np
+
+        size = align_up(self.file.size, MiB)
+        for blocks, places in self.used_places():
+            ends = places + np.minimum(self.size - blocks * self.cluster_size, self.cluster_size)
+            at = int(ends.argmax())
+            if int(ends[at]) > size:
+                self._refuse(int(blocks[at]), int(places[at]), f"behind the end of the file, which has {size} bytes")
+
     def begin(self, *, contents: bool) -> None:
         """Before the first change of the file; ``contents``: of what the disk reads as, too. Under both locks."""
-        if self.journal.active:
-            return
-        guid = new_guid() if contents else None
-        if guid is not None:
+        if contents and not self._identified:
+            self._identity = self._identity or new_guid()  # the same when this has failed before: some may know it
             for follow in self.followers:
-                follow(guid)
-        self.journal.begin(guid)
+                follow(self._identity)
+        if not self.journal.active:
+            self.journal.begin(self._identity if contents else None)
+        elif contents and not self._identified:
+            self.headers.update(data_write_guid=self._identity)
+        self._identified = self._identified or contents
 
     def take(self, length: int) -> int:
         """Space at the end of the file, in whole MiB."""

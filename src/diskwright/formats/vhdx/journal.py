@@ -45,14 +45,15 @@ class Journal:
         header = self.headers.current
         if not header.log_length:
             raise UnsupportedFeature(f"{self._file.filename}: has no log, so it can only be read")
-        assert header.log_guid == NO_GUID, "the log has been replayed"
-        self.headers.update(
-            file_write_guid=new_guid(), data_write_guid=data_write_guid or header.data_write_guid
-        )  # which made all there was durable
-        size = align_down(self._file.size, MiB)
-        self._guid, self._number, self._next = new_guid(), 0, 0
-        self._write_entry([], size, size)
-        self.headers.update(log_guid=self._guid)
+        if header.log_guid == NO_GUID:
+            self.headers.update(
+                file_write_guid=new_guid(), data_write_guid=data_write_guid or header.data_write_guid
+            )  # which made all there was durable
+            size = align_down(self._file.size, MiB)
+            self._guid, self._number, self._next = new_guid(), 0, 0
+            self._write_entry([], size, size)
+        assert header.log_guid in (NO_GUID, self._guid), "the log has been replayed"
+        self.headers.update(log_guid=self._guid)  # again, when it got to one of the headers the last time
         self.active = True
 
     def end(self) -> None:
