@@ -246,6 +246,33 @@ def test_a_child_whose_locator_has_changed_has_another_identity_when_it_is_writt
         assert disk.pread(0, 1) == b"x"
 
 
+@pytest.mark.parametrize(
+    ("entry", "text"),
+    [
+        (0, "ERROR block 0 of the sector bitmap is missing, and blocks are partly present\n"),
+        (6 | 2 << 20, "ERROR block 0 of the sector bitmap lies where it cannot lie\n"),
+        (6 | 99 << 20, "ERROR block 0 of the sector bitmap lies where it cannot lie\n"),
+    ],
+)
+def test_a_lost_sector_bitmap_is_told_and_nothing_is_made_up(entry: int, text: str, tmp_path: Path) -> None:
+    _, child, model = family(tmp_path)
+    with diskwright.open(str(child), writable=True) as disk:
+        disk.pwrite(512, b"x" * 512)
+        disk.pwrite(5 * MiB, b"y" * MiB)
+    data = bytearray(child.read_bytes())
+    struct.pack_into("<Q", data, 2 * MiB + 8 * 4096, entry)
+    child.write_bytes(data)
+    for words in (["check"], ["check", "-r", "all"]):
+        done = ours(*words, "child.avhdx", cwd=tmp_path)
+        assert done.code == 2 and done.err == text
+        assert child.read_bytes() == data
+    with diskwright.open(str(child), writable=True) as disk:
+        assert disk.pread(2 * MiB, MiB) == model[2 * MiB : 3 * MiB] and disk.pread(5 * MiB, MiB) == b"y" * MiB
+        for access in (lambda: disk.pwrite(0, b"x"), lambda: disk.pread(0, 512)):
+            with pytest.raises(DiskwrightError, match="but a block it tells of is partly present"):
+                access()
+
+
 # -- the locator -------------------------------------------------------------------------------------
 
 

@@ -8,13 +8,14 @@ the disk are all set when it becomes partly present.
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from diskwright.core.tables import Piece, SliceCache
 from diskwright.errors import CorruptImage
 from diskwright.formats.vhdx.header import SECTION
-from diskwright.units import MiB
+from diskwright.units import MiB, align_up
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -52,7 +53,17 @@ class SectorBitmap:
         raw = memoryview(bytearray(8 * count))
         if count:
             self._image.file.readv([(self._entry_at(chunk), raw[8 * chunk : 8 * chunk + 8]) for chunk in range(count)])
-        return [self._place_of(entry) for (entry,) in struct.iter_unpack("<Q", raw)]
+        places = [self._place_of(entry) for (entry,) in struct.iter_unpack("<Q", raw)]
+        counts = Counter(places)
+        taken = list(self._image.regions_taken())
+        size = align_up(self._image.file.size, MiB)
+
+        def possible(place: int) -> bool:
+            inside = any(start < place + MiB and place < end for start, end in taken)
+            return counts[place] == 1 and place + MiB <= size and not inside
+
+        # Bits from the wrong place would show the parent's data for the image's own, or the other way round.
+        return [place if place <= 0 or possible(place) else -1 for place in places]
 
     def _count(self) -> int:
         about = self._image.about

@@ -3,6 +3,7 @@
 Wrong can be: a log that is still to be replayed (opening the image for repair has done it) or cannot be, an entry of
 the table in a state there is none of, a block where none can be (in the log, in a region, behind the end of the file),
 two blocks in one place. A block that is not there is taken off the table; of two in one place the second gets a copy.
+What a differencing image has of a block is not known without the sector bitmap: nothing can mend a lost one.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def check(image: Vhdx, repair: str) -> CheckReport:
     report, mend = CheckReport(), repair == "all"
     _check_log(image, report)
     new: dict[int, int] = {}
+    image.check_bitmap(report)
     blocks, places = _table(image, new, report, mend)
     copies = _duplicates(image, blocks, places, report, mend)
     if mend and (new or copies):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from diskwright.core.blockmap import STORED
-from diskwright.core.driver import BackingHint, Reservation
+from diskwright.core.driver import BackingHint, CheckReport, Reservation
 from diskwright.core.node import FormatNode, below_filters
 from diskwright.core.placing import InPlace, Placed
 from diskwright.core.tables import Piece
@@ -327,6 +327,25 @@ class Differencing(Vhdx):
             return
         with self.lock:
             self._close(part)
+
+    # -- checking ----------------------------------------------------------------------------------
+
+    def check_bitmap(self, report: CheckReport) -> None:
+        for chunk, place in enumerate(self.bitmap.places):
+            if place < 0:
+                report.corruptions += 1
+                report.say(f"ERROR block {chunk} of the sector bitmap lies where it cannot lie")
+        for first in range(0, self.about.blocks, self._ratio):
+            chunk = first // self._ratio
+            if not self.bitmap.places[chunk] and self._any_partial(first, min(self._ratio, self.about.blocks - first)):
+                report.corruptions += 1
+                report.say(f"ERROR block {chunk} of the sector bitmap is missing, and blocks are partly present")
+
+    def _any_partial(self, first: int, count: int) -> bool:
+        import numpy as np
+
+        entries = self.entries(first, count)
+        return entries is not None and bool(((entries & np.uint64(7)) == PARTIALLY_PRESENT).any())
 
     # -- writing back ------------------------------------------------------------------------------
 

@@ -221,6 +221,10 @@ class Vhdx(BlockMap):
     # -- changing ----------------------------------------------------------------------------------
 
     def tables(self) -> Iterator[tuple[int, int]]:
+        return self.regions_taken()
+
+    def regions_taken(self) -> Iterator[tuple[int, int]]:
+        """``(start, end)`` of the log and all regions."""
         header = self.headers.current
         for region in (*self.regions.values(), self.bat, *self.others):
             yield region.offset, region.end
@@ -340,6 +344,9 @@ class Vhdx(BlockMap):
         raw = entries[at] & np.uint64(_PLACES)
         places = np.minimum(raw, np.uint64(_MOST_PLACE)).astype(np.int64)
         return at, places, np.flatnonzero(~present & (states > UNMAPPED))
+
+    def check_bitmap(self, report: CheckReport) -> None:
+        """Tells what is wrong with a sector bitmap there may be."""
 
     def moved_entry(self, block: int, place: int) -> int:
         """The entry of a block that has been copied to ``place``."""
