@@ -273,6 +273,30 @@ def test_a_lost_sector_bitmap_is_told_and_nothing_is_made_up(entry: int, text: s
                 access()
 
 
+def test_a_child_takes_over_what_belongs_to_the_disk(tmp_path: Path) -> None:
+    """Items that are marked so, whatever they are; the disk's identity and sectors anyway."""
+    parent = make(tmp_path / "parent.vhdx", logical_sector_size=4096, physical_sector_size=4096)
+    data = bytearray(parent.read_bytes())
+    region = 3 * MiB
+    rows = ((b"u" * 16, 70000, 5, 3), (b"f" * 16, 80000, 5, 1), (b"e" * 16, 0, 0, 2))
+    struct.pack_into("<H", data, region + 10, 5 + len(rows))
+    for number, row in enumerate(rows, 6):
+        struct.pack_into("<16sIIII", data, region + 32 * number, *row, 0)
+    data[region + 70000 : region + 70005] = b"hello"
+    parent.write_bytes(data)
+    child = make(tmp_path / "child", None, backing_file="parent.vhdx", backing_fmt="vhdx")
+    found = child.read_bytes()[region : region + MiB]
+    (count,) = struct.unpack_from("<H", found, 10)
+    items = {}
+    for number in range(count):
+        guid, at, length, flags, _ = struct.unpack_from("<16sIIII", found, 32 + 32 * number)
+        items[guid] = flags, found[at : at + length] if length else b""
+    assert count == 8 and items[b"u" * 16] == (3, b"hello") and items[b"e" * 16] == (2, b"")
+    assert found[(64 << 10) + 16 : (64 << 10) + 40] == data[region + (64 << 10) + 16 : region + (64 << 10) + 40]
+    with diskwright.open(str(child)) as disk:
+        assert disk.pread(0, 512) == bytes(512)
+
+
 # -- the locator -------------------------------------------------------------------------------------
 
 

@@ -56,7 +56,7 @@ def add_region(required: int, place: int = 64) -> Callable[[bytearray], None]:
     return change
 
 
-def add_item(flags: int, at: int = 64 << 10, length: int = 8) -> Callable[[bytearray], None]:
+def add_item(flags: int, at: int = 72 << 10, length: int = 8) -> Callable[[bytearray], None]:
     def change(data: bytearray) -> None:
         struct.pack_into("<H", data, META + 10, 6)
         data[META + 32 * 6 : META + 32 * 7] = struct.pack("<16sIIII", uuid.UUID(int=6).bytes_le, at, length, flags, 0)
@@ -96,7 +96,8 @@ BAD: dict[str, tuple[Callable[[bytearray], None], str]] = {
     "item in the table": (add_item(0, at=4096), "no item can lie there"),
     "item beyond the region": (add_item(0, at=MiB - 4), "no item can lie there"),
     "long item": (add_item(0, length=MiB + 1), "no item can lie there"),
-    "length of an item": (poke("<I", META + 32 + 20, value=16), "length of File Parameters"),
+    "items overlap": (add_item(0, at=(64 << 10) + 38), "two items overlap at 0x10026"),
+    "length of an item": (poke("<I", META + 32 + 20, value=4), "length of File Parameters"),
     "block size": (poke("<I", META + 65536, value=3 * MiB), "BlockSize is 3145728"),
     "small blocks": (poke("<I", META + 65536, value=4096), "BlockSize is 4096"),
     "large blocks": (poke("<I", META + 65536, value=1 << 29), "BlockSize is 536870912"),

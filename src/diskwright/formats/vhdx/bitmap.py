@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from diskwright.core.tables import Piece, SliceCache
 from diskwright.errors import CorruptImage
-from diskwright.formats.vhdx.header import SECTION
+from diskwright.formats.vhdx.header import SECTION, Taken
 from diskwright.units import MiB, align_up
 
 if TYPE_CHECKING:
@@ -55,12 +55,11 @@ class SectorBitmap:
             self._image.file.readv([(self._entry_at(chunk), raw[8 * chunk : 8 * chunk + 8]) for chunk in range(count)])
         places = [self._place_of(entry) for (entry,) in struct.iter_unpack("<Q", raw)]
         counts = Counter(places)
-        taken = list(self._image.regions_taken())
+        taken = Taken(self._image.regions_taken())
         size = align_up(self._image.file.size, MiB)
 
         def possible(place: int) -> bool:
-            inside = any(start < place + MiB and place < end for start, end in taken)
-            return counts[place] == 1 and place + MiB <= size and not inside
+            return counts[place] == 1 and place + MiB <= size and not taken.touches(place, place + MiB)
 
         # Bits from the wrong place would show the parent's data for the image's own, or the other way round.
         return [place if place <= 0 or possible(place) else -1 for place in places]

@@ -91,6 +91,7 @@ def plan(options: VhdxCreateOptions, locator: bytes | None = None, parent: Disk 
         physical_sector=options.physical_sector_size if parent is None else parent.physical_sector,
         disk_id=new_guid() if parent is None else parent.disk_id,
         locator=locator,
+        inherited=() if parent is None else parent.inherited,
     )
     log = Region(SECTION, align_up(options.log_size, MiB))
     bat = Region(log.end, align_up(max(1, 8 * table_entries(disk)), MiB))

@@ -8,6 +8,7 @@ same entry of the log.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from diskwright.core.blockmap import STORED
@@ -23,7 +24,7 @@ from diskwright.formats.vhdx.create import VhdxCreateOptions, create
 from diskwright.formats.vhdx.driver import FULLY_PRESENT, NOT_PRESENT, PARTIALLY_PRESENT, UNMAPPED, Vhdx
 from diskwright.formats.vhdx.header import METADATA_REGION
 from diskwright.formats.vhdx.log import Change
-from diskwright.formats.vhdx.metadata import PARENT_LOCATOR, changed_item
+from diskwright.formats.vhdx.metadata import PARENT_LOCATOR, changed_item, inherited_items
 from diskwright.units import MiB, align_down, align_up
 
 if TYPE_CHECKING:
@@ -377,4 +378,5 @@ def create_over(file: Node, options: VhdxCreateOptions, node: Node) -> None:
     if parent is None:
         raise ImageError(f"'{options.backing_file}' is no VHDX image, so it cannot be the parent of one")
     pairs = locator.pairs_for(file.filename, options.backing_file, parent.headers.current.data_write_guid)
-    create(file, options, locator.encode(pairs), parent.about)
+    items = inherited_items(parent.file, parent.regions[METADATA_REGION])
+    create(file, options, locator.encode(pairs), replace(parent.about, inherited=items))

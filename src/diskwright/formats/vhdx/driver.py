@@ -27,6 +27,7 @@ from diskwright.formats.vhdx.header import (
     Bytes,
     Headers,
     Region,
+    Taken,
     new_guid,
     read_header,
     read_regions,
@@ -168,8 +169,8 @@ class Vhdx(BlockMap):
         read of those comes from the file itself."""
         import numpy as np
 
-        known = sorted([(0, SECTION), *self.tables()])
-        strange = [(a, b) for a, b in source.ranges() if not any(start <= a and b <= end for start, end in known)]
+        known = Taken([(0, SECTION), *self.tables()])
+        strange = [(start, end) for start, end in source.ranges() if not known.holds(start, end)]
         if not strange:
             return
         for _, places in self.used_places():

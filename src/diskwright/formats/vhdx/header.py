@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import struct
 import uuid
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Final, Protocol
 
 from diskwright.codecs.crc32c import crc32c
@@ -102,6 +104,26 @@ def new_guid() -> bytes:
 
 def guid_text(raw: bytes) -> str:
     return str(uuid.UUID(bytes_le=raw))
+
+
+class Taken:
+    """Ranges of the file that are in use."""
+
+    def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """``(start, end)`` each, in any order; they may overlap."""
+        rows = sorted(ranges)
+        self._starts = [start for start, _ in rows]
+        self._ends = list(accumulate((end for _, end in rows), max))  # the furthest of those up to each
+
+    def touches(self, start: int, end: int) -> bool:
+        """Whether any of them has a byte of ``start`` to ``end``."""
+        at = bisect_left(self._starts, end) - 1
+        return at >= 0 and self._ends[at] > start
+
+    def holds(self, start: int, end: int) -> bool:
+        """Whether one of them has all of it."""
+        at = bisect_right(self._starts, start) - 1
+        return at >= 0 and self._ends[at] >= end
 
 
 # -- the headers -----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import struct
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 from diskwright.errors import CorruptImage, LimitExceeded, UnsupportedFeature
@@ -46,6 +47,8 @@ MAX_BLOCK: Final = 256 * MiB
 MAX_SIZE: Final = 64 * TiB
 SECTOR_SIZES: Final = (512, 4096)
 _LEAVE_ALLOCATED, _HAS_PARENT = 1, 2
+_MOST_INHERITED: Final = MiB // 2
+"""Bytes of items that a child takes over, at most: half of its metadata region."""
 CHUNK_SECTORS: Final = 1 << 23
 """Sectors that one block of the sector bitmap tells of."""
 
@@ -64,6 +67,9 @@ class Disk:
     locator: bytes | None = None
     places: Mapping[bytes, tuple[int, int]] | None = None
     """``(file offset, length)`` of each system item."""
+    inherited: tuple[tuple[bytes, int, bytes], ...] = ()
+    """``(GUID, flags, contents)`` of items that are not known here and belong to the disk, not to the file: what a new
+    child has from its parent."""
 
     @property
     def chunk_ratio(self) -> int:
@@ -97,11 +103,11 @@ class Disk:
 
     def encode(self) -> bytes:
         """The region from its beginning to the end of the last item."""
-        items = self.items()
+        items = [(guid, _KNOWN[guid][2], item) for guid, item in self.items().items()] + list(self.inherited)
         table = _HEAD.pack(b"metadata", 0, len(items), bytes(20))
         body = b""
-        for guid, item in items.items():
-            table += _ENTRY.pack(guid, TABLE + len(body), len(item), _KNOWN[guid][2], 0)
+        for guid, flags, item in items:
+            table += _ENTRY.pack(guid, TABLE + len(body) if item else 0, len(item), flags, 0)
             body += item
         return table.ljust(TABLE, b"\0") + body
 
@@ -145,6 +151,7 @@ def _places(source: Bytes, region: Region) -> dict[bytes, tuple[int, int]]:
     if count > _MOST_ENTRIES:
         raise CorruptImage(path, "EntryCount", count, region.offset + 10, f"at most {_MOST_ENTRIES} are possible")
     places: dict[bytes, tuple[int, int]] = {}
+    taken: list[tuple[int, int]] = []
     seen: set[tuple[bytes, int]] = set()
     users = 0
     for number in range(count):
@@ -164,9 +171,13 @@ def _places(source: Bytes, region: Region) -> dict[bytes, tuple[int, int]]:
         if (guid, user) in seen:
             raise CorruptImage(path, "metadata table", "damaged", region.offset + at, f"{name} is there twice")
         seen.add((guid, user))
+        taken.append((offset, offset + length))
         users += user
         if known:
             places[guid] = region.offset + offset, length
+    for (_, end), (start, _) in pairwise(sorted(taken)):
+        if start < end:
+            raise CorruptImage(path, "metadata table", "damaged", region.offset, f"two items overlap at {start:#x}")
     if users > _MOST_USER_ENTRIES:
         raise CorruptImage(path, "metadata table", "damaged", region.offset, f"it has {users} items of users")
     for guid, (name, length, _) in _KNOWN.items():
@@ -177,6 +188,23 @@ def _places(source: Bytes, region: Region) -> dict[bytes, tuple[int, int]]:
         if places[guid][1] != length:
             raise CorruptImage(path, f"length of {name}", places[guid][1], region.offset, f"it must be {length}")
     return places
+
+
+def inherited_items(source: Bytes, region: Region) -> tuple[tuple[bytes, int, bytes], ...]:
+    """``Disk.inherited`` of a child of this image. Raises LimitExceeded."""
+    table = source.pread(region.offset, TABLE)
+    found: list[tuple[bytes, int, bytes]] = []
+    size = 0
+    for at in range(_HEAD.size, _HEAD.size + _HEAD.unpack_from(table)[2] * _ENTRY.size, _ENTRY.size):
+        guid, offset, length, flags, _ = _ENTRY.unpack_from(table, at)
+        if flags & IS_VIRTUAL_DISK and (flags & _IS_USER or guid not in _KNOWN):
+            size += length
+            if size > _MOST_INHERITED:
+                raise LimitExceeded(
+                    f"{source.filename}: has more than {_MOST_INHERITED} bytes for a child to take over"
+                )
+            found.append((guid, flags, source.pread(region.offset + offset, length) if length else b""))
+    return tuple(found)
 
 
 def changed_item(source: Bytes, region: Region, guid: bytes, item: bytes) -> list[tuple[int, bytes]]:
