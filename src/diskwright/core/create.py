@@ -119,7 +119,7 @@ class Plan:
             rehearsed = replace(rehearsed, **cheap)
         with _own_graph(None) as graph:
             parts = {role: graph.open({"driver": "memory"}, writable=True) for role in self._parts(driver)}
-            parts.update(self._parent(graph, driver))
+            parts.update(self._consulted(graph, driver))
             driver.create_from(graph.open({"driver": "memory"}, writable=True), rehearsed, parts)
 
     def _make_storage(self) -> None:
@@ -153,24 +153,19 @@ class Plan:
                 role: graph.open({"driver": storage.name, **_without_size(values)}, writable=True)
                 for role, (storage, values) in parts.items()
             }
-            driver.create_from(node, self.format_options, {**made, **self._parent(graph, driver)})
+            driver.create_from(node, self.format_options, {**made, **self._consulted(graph, driver)})
             for part in made.values():
                 part.flush()
             node.flush()
 
-    def _parent(self, graph: Graph, driver: type[Format]) -> dict[str, Node]:
-        """The backing image, for a format that asks it. Nobody may be writing to it."""
+    def _consulted(self, graph: Graph, driver: type[Format]) -> dict[str, Node]:
+        """The backing image, open, for a format that looks into it."""
         name = self.given.get("backing_file")
-        if not driver.reads_parent or name is None:
+        if not name or not driver.consults_backing:
             return {}
         format = cast("str | None", self.given.get("backing_fmt"))
-        try:
-            return {"backing": graph.open(resolve(str(name), self.filename), driver=format, backing=False)}
-        except OSError as error:
-            text = f"Could not open backing image: {error.strerror}"
-            raise OSError(error.errno, text, error.filename or name) from error
-        except DiskwrightError as error:
-            raise ImageError(f"Could not open backing image: {error}") from error
+        spec = resolve(str(name), self.filename)
+        return {"backing": graph.open(spec, driver=format, force_share=True, backing=False, guest_data=False)}
 
     def _open_storage(self, graph: Graph) -> Node:
         values = {"driver": self.storage.name, **self.storage.parse_filename(self.filename)}

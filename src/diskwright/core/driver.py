@@ -342,9 +342,8 @@ class Format(ABC):
     amend_options: ClassVar[type] = NoOptions
     has_backing: ClassVar[bool] = False
     """Whether UNALLOCATED ranges may be answered by a backing node."""
-    reads_parent: ClassVar[bool] = False
-    """Whether a new image over a backing file says something the backing image has to be asked for: then
-    ``create_from`` gets that one, open for reading, as the part ``backing``."""
+    consults_backing: ClassVar[bool] = False
+    """Whether ``create_from`` has to look into the backing image, for an identity of it that it records."""
     suffixes: ClassVar[tuple[str, ...]] = ()
     """File name endings this format usually has; only a hint, never proof."""
 
@@ -409,7 +408,8 @@ class Format(ABC):
 
     @classmethod
     def create_from(cls, file: Node, options: Any, parts: Mapping[str, Node]) -> None:
-        """``create`` with the further files that ``create_parts`` asked for, by role."""
+        """``create`` with the further files that ``create_parts`` asked for, by role; and, with ``consults_backing``,
+        the backing image as ``backing``."""
         cls.create(file, options)
 
     @classmethod
@@ -417,6 +417,10 @@ class Format(ABC):
         """How large a new image with the create ``options`` will be: an empty one, or a copy of ``source``, whose
         size ``options.size`` then is. Nothing is created. Raises OptionError or LimitExceeded as ``create`` does."""
         raise not_supported(f"Block driver '{cls.name}' does not support size measurement")
+
+    def accept_backing(self, backing: Node) -> None:
+        """Called when ``backing`` has been opened to lie beneath this image. Raises ImageError when what the image
+        records of its backing image shows that this is not it, or that it has changed since."""
 
     def stored_bitmaps(self) -> Sequence[tuple[int, str]] | None:
         """``(granularity, name)`` of the persistent bitmaps the image holds, whatever state they are in; None when it
@@ -507,9 +511,9 @@ class Format(ABC):
         before is durable then too. A crash leaves the old name or the new one. Contents are the caller's affair."""
         raise not_supported(f"Format '{self.name}' cannot change its backing file")
 
-    def attach_backing(self, backing: Node | None, *, verify: bool) -> None:
-        """``backing`` is about to become the node's backing node, or to be taken away. Raises ImageError when the image
-        knows it for another one than it was made over; not without ``verify``, by somebody who knows better."""
+    def backing_changes(self, backing: Node | None) -> None:
+        """Called when ``backing`` is to lie beneath this image in the place of another one, whatever the image records,
+        or nothing is to lie there any more."""
 
     def make_empty(self) -> None:
         """Takes everything this layer holds off its map, so that reads go to the backing node. What that holds has

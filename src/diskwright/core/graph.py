@@ -307,7 +307,6 @@ class Graph:
                 if isinstance(choice, str)
                 else self._open_any(cast(Mapping[str, object], choice), None, below, made, chain)
             )
-            node.format.attach_backing(backing, verify=True)
         elif hint is None:
             return
         else:
@@ -321,13 +320,13 @@ class Graph:
                 raise ImageError(f"{node.filename}: its backing chain comes back to '{name}'")
             try:
                 backing = self._open_any(name, hint.format, below, made, chain)
-                node.format.attach_backing(backing, verify=True)
             except OSError as error:
                 text = f"{_BACKING_FAILED * len(chain)}{error.strerror}"
                 raise OSError(error.errno, text, error.filename or name) from error
             except DiskwrightError as error:
                 _below(error, len(chain))
                 raise
+        node.format.accept_backing(backing)
         node.backing = backing
         self._hold(backing)
 
@@ -410,7 +409,7 @@ class Graph:
             below = below_filters(below).backing
         with self.drained(), self._lock:
             if isinstance(node, FormatNode):
-                node.format.attach_backing(backing, verify=False)
+                node.format.backing_changes(backing)
             old, node.backing = node.backing, backing
             if backing is not None:
                 self._hold(backing)

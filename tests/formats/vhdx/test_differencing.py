@@ -209,6 +209,15 @@ def test_what_cannot_be_created(options: dict[str, object], text: str, tmp_path:
     assert not (tmp_path / "child").exists()
 
 
+def test_a_child_is_made_where_there_was_one(tmp_path: Path) -> None:
+    _, child, model = family(tmp_path)
+    with diskwright.open(str(child), writable=True) as disk:
+        disk.pwrite(0, b"x")
+    make(child, None, backing_file="parent.vhdx", backing_fmt="vhdx")
+    with diskwright.open(str(child)) as disk:
+        assert disk.pread(0, SIZE) == model
+
+
 def test_growing_a_child(tmp_path: Path) -> None:
     _, child, model = family(tmp_path)
     with diskwright.open(str(child), writable=True) as disk:
@@ -356,7 +365,7 @@ class Pair:
         self.base = self._open("parent", files, writable and self.both)
         self.node = self._open("file", files, writable)
         self.format = self.node.format
-        self.format.attach_backing(self.base, verify=True)
+        self.format.accept_backing(self.base)
         self.node.backing = self.base
         self.graph.hold(self.base)
         self.disk = self.graph.disk(self.node, WRITER if writable else READER)

@@ -65,14 +65,13 @@ class Differencing(Vhdx):
 
     # -- the parent --------------------------------------------------------------------------------
 
-    def attach_backing(self, backing: Node | None, *, verify: bool) -> None:
-        """See ``Format.attach_backing``. Whoever puts another kind of image beneath this one knows what it is for."""
-        self._detach()
+    def accept_backing(self, backing: Node) -> None:
+        """See ``Format.accept_backing``. Whoever puts another kind of image beneath this one knows what it is for."""
         parent = _vhdx_of(backing)
         if parent is None:
             return
         guid = parent.headers.current.data_write_guid
-        if verify and not self.trusting and guid not in locator.links(self.pairs):
+        if not self.trusting and guid not in locator.links(self.pairs):
             raise ImageError(
                 f"{self.path}: its parent '{parent.path}' has changed since: its DataWriteGuid is "
                 f"{locator.braced(guid)}, not {self.pairs[locator.LINKAGE]}"
@@ -82,6 +81,15 @@ class Differencing(Vhdx):
                 f"{self.path}: its sectors have {self.about.logical_sector} bytes, those of its parent "
                 f"'{parent.path}' {parent.about.logical_sector}"
             )
+        self._attach(parent)
+
+    def backing_changes(self, backing: Node | None) -> None:
+        self._detach()
+        parent = _vhdx_of(backing)
+        if parent is not None:
+            self._attach(parent)
+
+    def _attach(self, parent: Vhdx) -> None:
         self.parent = parent
         if self.writable and parent.writable:
             parent.followers.append(self._follow)

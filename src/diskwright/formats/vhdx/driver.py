@@ -65,7 +65,7 @@ class Vhdx(BlockMap):
     options = VhdxOptions
     create_options = VhdxCreateOptions
     has_backing = True
-    reads_parent = True
+    consults_backing = True
     suffixes = (".vhdx", ".avhdx")
     alignment = MiB
     zero_entry = ZERO_STATE

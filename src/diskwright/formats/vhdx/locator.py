@@ -104,9 +104,10 @@ def file_name(pairs: Mapping[str, str]) -> str | None:
 def pairs_for(image: str, parent: str, guid: bytes) -> dict[str, str]:
     """The pairs by which the image in the file ``image`` finds ``parent``, as seen from where it is itself. Raises
     OptionError for a name that cannot be written so."""
-    if has_prefix(parent) or has_prefix(image):
-        raise OptionError(f"'{parent}' cannot be the parent of a VHDX image: both must be files")
-    base = os.path.realpath(os.path.dirname(image) or ".")
+    if has_prefix(parent):
+        raise OptionError(f"'{parent}' cannot be the parent of a VHDX image: it must be a file")
+    folder = "" if has_prefix(image) else os.path.dirname(image)
+    base = os.path.realpath(folder or ".")
     name = os.path.relpath(os.path.join(base, parent), base)
     if "\\" in name:
         raise OptionError(f"'{parent}' cannot be written as the name of a parent: it has a backslash")
