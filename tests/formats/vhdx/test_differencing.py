@@ -20,6 +20,7 @@ from diskwright.errors import DiskwrightError
 from diskwright.formats.vhdx import locator
 from diskwright.formats.vhdx.create import VhdxCreateOptions
 from diskwright.formats.vhdx.driver import Vhdx, VhdxOptions
+from diskwright.formats.vhdx.journal import Journal
 from tests.cli.run import diskwright as ours
 from tests.cli.run import qemu_img
 from tests.crash.recording import RecordedFile, Recording
@@ -421,6 +422,20 @@ def test_a_crash_costs_nothing_that_was_flushed(seed: int) -> None:
     with Workload(made_over(parent), opener=Pair, parent=parent) as work:
         work.play(chance, 40, actions="wwwwwzzdff" + "g" * (seed % 2))
     work.verify(chance, most=0 if LONG else 25, each=1)
+
+
+@pytest.mark.parametrize("seed", range(20 if LONG else 3))
+def test_a_crash_between_the_entries_of_one_flush(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when more pages have changed than the log takes at once."""
+    monkeypatch.setattr(Journal, "_most_pages", lambda self: 1)
+    chance = random.Random(f"entries {seed}")
+    parent = parent_image()
+    with Workload(made_over(parent), opener=Pair, parent=parent) as work:
+        for _ in range(3):
+            for _ in range(5):
+                work.write(chance.randrange(SIZE // 512 - 8) * 512, chance.randbytes(4096))
+            work.flush()
+    work.verify(chance, each=1, reopen=1000)
 
 
 def test_a_crash_while_the_child_goes_into_its_parent() -> None:

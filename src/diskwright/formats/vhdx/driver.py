@@ -288,7 +288,7 @@ class Vhdx(BlockMap):
 
     def put_pieces(self, pieces: list[Piece], flushed: int) -> None:
         """Pieces of metadata go to their places through the log. Under the flush lock."""
-        self.journal.put(pieces, flushed=flushed, end=max(self._end, flushed))
+        self.journal.put(pieces, flushed=flushed, end=max(self._end, flushed), table=self.bat)
 
     def zero(self, offset: int, length: int, *, unmap: bool) -> tuple[int, int]:
         """See ``Format.zero``. Blocks whose contents are merely undefined become blocks of zeros."""

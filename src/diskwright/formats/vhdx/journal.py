@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from diskwright.errors import UnsupportedFeature
-from diskwright.formats.vhdx.header import NO_GUID, Headers, new_guid, with_checksum
+from diskwright.formats.vhdx.header import NO_GUID, Headers, Region, new_guid, with_checksum
 from diskwright.formats.vhdx.log import DATA_HEAD, DESCRIPTOR, ENTRY, PAGE, Change, descriptor_pages
 from diskwright.units import MiB, align_down, align_up
 
@@ -60,20 +60,26 @@ class Journal:
         """Makes everything durable and takes the log out of use."""
         if not self.active:
             return
-        if self._unapplied:
-            self._apply([])
+        self._catch_up()
         self._file.flush()
         self.headers.update(log_guid=NO_GUID)
         self.active = False
 
-    def page(self, offset: int) -> bytes:
-        """The page of metadata at ``offset`` as it has to be."""
-        change = self._unapplied.get(offset)
-        return self._file.pread(offset, PAGE) if change is None or change.data is None else change.data
+    def _catch_up(self) -> None:
+        """Changes that the log has, and that could not be written to their places, are written there now, durably: the
+        log's next entry does not have them."""
+        if self._unapplied:
+            self._apply([])
+            self._file.flush()
 
-    def put(self, pieces: Sequence[Piece], *, flushed: int, end: int) -> None:
+    def put(self, pieces: Sequence[Piece], *, flushed: int, end: int, table: Region) -> None:
         """Writes pieces of metadata to their places, through the log. What has been written before is durable, and so
-        is the file's length ``flushed``; all structures of the file end at or before ``end``."""
+        is the file's length ``flushed``; all structures of the file end at or before ``end``.
+
+        Where that takes more than one entry, pages of the ``table`` come last, and its own last ones first: then no
+        block is partly present before its bits are there, nor before the block of bits is, whose entry stands behind.
+        """
+        self._catch_up()
         pages: dict[int, bytearray] = {}
         for offset, data in pieces:
             done = 0
@@ -81,11 +87,13 @@ class Journal:
                 start = align_down(offset + done, PAGE)
                 page = pages.get(start)
                 if page is None:
-                    page = pages[start] = bytearray(self.page(start))
+                    page = pages[start] = bytearray(self._file.pread(start, PAGE))
                 part = data[done : done + start + PAGE - offset - done]
                 page[offset + done - start : offset + done - start + len(part)] = part
                 done += len(part)
-        changes = [Change(start, PAGE, bytes(page)) for start, page in sorted(pages.items())]
+        behind = sorted((start for start in pages if table.offset <= start < table.end), reverse=True)
+        order = sorted(pages.keys() - behind) + behind
+        changes = [Change(start, PAGE, bytes(pages[start])) for start in order]
         most = self._most_pages()
         for at in range(0, len(changes), most):
             if at:
@@ -96,13 +104,13 @@ class Journal:
         """Makes all of ``changes`` at once: after a crash there are all or none. They must fit into one entry. What
         has been written before is durable, the last call's changes too."""
         assert self.active
-        changes = [*self._unapplied.values(), *changes]
+        self._catch_up()
         self._write_entry(changes, flushed, align_up(end, MiB))
         self._apply(changes)
 
     def _apply(self, changes: Sequence[Change]) -> None:
         for change in changes:
-            self._unapplied[change.offset] = change  # until all are written: the log's next entry must have them too
+            self._unapplied[change.offset] = change  # until all are written
         for change in self._unapplied.values():
             if change.data is None:
                 self._file.write_zeros(change.offset, change.length)
@@ -110,7 +118,7 @@ class Journal:
         self._unapplied.clear()
 
     def _most_pages(self) -> int:
-        room = min(_LONGEST, self.headers.current.log_length // 3) // PAGE - len(self._unapplied)
+        room = min(_LONGEST, self.headers.current.log_length // 3) // PAGE
         return max(1, room - descriptor_pages(room))
 
     def _write_entry(self, changes: Sequence[Change], flushed: int, end: int) -> None:
