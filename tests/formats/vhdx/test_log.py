@@ -208,6 +208,19 @@ def test_replaying_makes_the_file_as_long_as_it_has_to_be(tmp_path: Path) -> Non
         assert path.stat().st_size == 12 * MiB + 4096
 
 
+@pytest.mark.parametrize(("changes", "last"), [([(1 << 46, 4096)], 0), ([(0x500000, 1 << 45)], 0), ([], 1 << 46)])
+def test_a_log_that_makes_the_file_huge(changes: list[tuple[int, bytes | int]], last: int, tmp_path: Path) -> None:
+    image = base(tmp_path)
+    put(image, 0, entry(1, changes, tail=0, last=last))
+    use_log(image)
+    path = tmp_path / "image"
+    path.write_bytes(image)
+    for writable in (False, True):
+        with pytest.raises(DiskwrightError, match="its log would make the file"):
+            diskwright.open(str(path), writable=writable)
+    assert path.read_bytes() == image
+
+
 def test_a_log_that_changes_data_is_not_replayed_in_memory(tmp_path: Path) -> None:
     image = base(tmp_path)
     put(image, 0, entry(1, [(BAT, table(image, b3=4)), (4 * MiB + 8192, b"x" * 4096)], tail=0))

@@ -33,7 +33,7 @@ from diskwright.formats.vhdx.header import (
     read_regions,
 )
 from diskwright.formats.vhdx.journal import Journal
-from diskwright.formats.vhdx.log import Log, Replayed, replay
+from diskwright.formats.vhdx.log import Log, Replayed, check_growth, replay
 from diskwright.formats.vhdx.metadata import Disk, read_disk
 from diskwright.units import MiB, align_down, align_up
 
@@ -434,6 +434,7 @@ def _replay(file: Node, headers: Headers, *, writable: bool, repair: bool) -> Fo
         return FoundLog()
     log = Log(file, headers.current)
     entries = log.active(repair=repair)
+    check_growth(file, log, entries)
     if not writable:
         if not entries:
             return FoundLog(damaged=True)

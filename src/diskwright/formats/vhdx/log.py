@@ -38,6 +38,8 @@ _STEPS: Final = 1 << 20
 """Entries looked at in all when sequences are tried."""
 _MOST_OFFSET: Final = 1 << 47
 """No VHDX file is longer: its disk has 64 TiB at most."""
+_MOST_GROWTH: Final = 1 << 40
+"""Bytes by which replaying may make a file longer."""
 _MOST_ZEROED: Final = 4096
 """Ranges of zeros that a log in memory may have."""
 _MOST_PAGES: Final = 1 << 14
@@ -271,6 +273,15 @@ class Replayed:
 
     def flush(self) -> None:
         """There is nothing to flush."""
+
+
+def check_growth(file: Node, log: Log, entries: Sequence[Entry]) -> None:
+    """Raises LimitExceeded when replaying would make the file longer than can be meant."""
+    end = max((entry.last_file_offset for entry in entries[-1:]), default=0)
+    for entry in entries:
+        end = max(end, *(change.offset + change.length for change in log.changes(entry)), 0)
+    if end - file.size > _MOST_GROWTH:
+        raise LimitExceeded(f"{file.filename}: its log would make the file {end} bytes long, and it has {file.size}")
 
 
 def replay(file: Node, log: Log, entries: Sequence[Entry]) -> None:
