@@ -65,7 +65,7 @@ class TestUndefinedBlocks(TestSmallBlocks):
 
 
 class TestGrowing(TestSmallBlocks):
-    crash_actions = "wwwzffg"
+    crash_actions = "wwwwwwwwzzdfffg"
     crash_size = 2 * MiB
     test_both_read_what_the_other_wrote = None
     test_damage_ends_in_an_answer_or_an_error = None
