@@ -208,3 +208,32 @@ class TestQedSmallest(FormatConformance):
     create_options = {"cluster-size": 4096, "table-size": 1}
     has_backing = True
     model_examples = 15
+
+
+class TestVhdx(FormatConformance):
+    format_name = "vhdx"
+    create_options = {"block-size": 1 << 20}
+    model_examples = 15
+
+
+class TestVhdxFixed(FormatConformance):
+    format_name = "vhdx"
+    create_options = {"block-size": 1 << 20, "subformat": "fixed"}
+    can_grow = False
+    sparse = False
+    model_examples = 15
+
+
+class TestVhdxDifferencing(FormatConformance):
+    """Over a parent that has nothing in it."""
+
+    format_name = "vhdx"
+    create_options = {"block-size": 1 << 20}
+    model_examples = 15
+
+    def make(self, path: Path, size: int = SIZE, **options: object) -> Path:
+        parent = path.with_name(f"{path.name}.parent")
+        super().make(parent, size)
+        names = {"size": size, **self.create_options, **options, "backing_file": parent.name, "backing_fmt": "vhdx"}
+        create_image(str(path), "vhdx", names, gate=DirectoryGate())
+        return path

@@ -195,7 +195,7 @@ class Workload:
             assert not report.leaks and not report.corruptions, report.messages
             length = min(3000, len(expected))
             for offset in (0, len(expected) // 2 // SECTOR * SECTOR, len(expected) - length):
-                data = b"%08d" % offset * (length // 8)
+                data = b"%08d" % (offset % 10**8) * (length // 8)
                 image.disk.pwrite(offset, data)
                 expected[offset : offset + len(data)] = data
             image.disk.flush()

@@ -353,27 +353,32 @@ class BlockMap(Format):
         last = min(last, (first // self._items + 1) * self._items - 1, first + _MOST_BLOCKS - 1)
         with self.lock:
             last = self._turns.wait(first, last)
-            run = self.extent_at(offset, min(length, (last + 1) * size - offset))
-            if run.kind == DATA:
-                return InPlace(run)
-            number, index = divmod(first, self._items)
-            items = self.own_slice(number)
-            count = 1
-            while first + count <= last and self.place_of(items[index + count]) < 0:
-                count += 1
-            place = self._end
-            self.entry_for(place + (count - 1) * self.stride)  # raises when there is no room for it
-            if self.stride != size:
-                count = 1  # they do not adjoin in the file
-            placed = _Placed(self, first, first + count - 1, place)
-            self._end = place + count * self.stride
-            if offset + length < (first + count) * size:
-                self._lengthen()
-            self.table.pin(number)
-            placed.zeroed = place >= self._fresh and self.file.zero_init
-            placed.describe(size, place, offset, length)
-            self._turns.begin(placed)
-            return placed
+            return self._reserve(offset, min(length, (last + 1) * size - offset), first, last)
+
+    def _reserve(self, offset: int, length: int, first: int, last: int) -> Reservation:
+        """The rest of ``reserve``, for blocks nobody else has reserved. Under the lock."""
+        size = self.cluster_size
+        run = self.extent_at(offset, length)
+        if run.kind == DATA:
+            return InPlace(run)
+        number, index = divmod(first, self._items)
+        items = self.own_slice(number)
+        count = 1
+        while first + count <= last and self.place_of(items[index + count]) < 0:
+            count += 1
+        place = self._end
+        self.entry_for(place + (count - 1) * self.stride)  # raises when there is no room for it
+        if self.stride != size:
+            count = 1  # they do not adjoin in the file
+        placed = _Placed(self, first, first + count - 1, place)
+        self._end = place + count * self.stride
+        if offset + length < (first + count) * size:
+            self._lengthen()
+        self.table.pin(number)
+        placed.zeroed = place >= self._fresh and self.file.zero_init
+        placed.describe(size, place, offset, length)
+        self._turns.begin(placed)
+        return placed
 
     def _lengthen(self) -> None:
         """Makes the file as long as the last block, where the write to come does not: zeros at a block's end need not
@@ -416,7 +421,7 @@ class BlockMap(Format):
             if self._end == end:
                 self._end = placed.place
 
-    def _close(self, placed: _Placed) -> None:
+    def _close(self, placed: Placed) -> None:
         self.table.unpin(placed.first // self._items)
         self._turns.finish(placed)
 
@@ -496,14 +501,18 @@ class BlockMap(Format):
                 self.file.flush()
                 for pieces in stages:
                     if pieces:
-                        self.file.writev(pieces)
-                        self.file.flush()
+                        self.put(pieces)
             except BaseException:
                 with self.lock:
                     self._restore()
                 raise
             self._settle()
             self._completed = ticket
+
+    def put(self, pieces: list[Piece]) -> None:
+        """Writes pieces of tables, durably. What was written before is durable. Under the flush lock."""
+        self.file.writev(pieces)
+        self.file.flush()
 
     def _capture(self) -> list[list[Piece]]:
         """What has changed in the tables, in the order it has to become durable."""

@@ -521,6 +521,10 @@ class Format(ABC):
         before is durable then too. A crash leaves the old name or the new one. Contents are the caller's affair."""
         raise not_supported(f"Format '{self.name}' cannot change its backing file")
 
+    def backing_changes(self, backing: Node | None) -> None:
+        """Called when ``backing`` is to lie beneath this image in the place of another one, whatever the image records,
+        or nothing is to lie there any more."""
+
     def make_empty(self) -> None:
         """Takes everything this layer holds off its map, so that reads go to the backing node. What that holds has
         to be durable. A crash leaves any part of it done. Called with no other request in flight."""

@@ -417,6 +417,8 @@ class Graph:
                 raise GraphError(f"Making '{node.name}' a backing file of itself would create a cycle")
             below = below_filters(below).backing
         with self.drained(), self._lock:
+            if isinstance(node, FormatNode):
+                node.format.backing_changes(backing)
             old, node.backing = node.backing, backing
             if backing is not None:
                 self._hold(backing)

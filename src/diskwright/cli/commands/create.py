@@ -21,6 +21,7 @@ SUMMARY: Final = "create an image"
 # what was asked for, in the order of its options.
 _ORDER: Final[Mapping[str, Sequence[str]]] = {
     "raw": ("size", "nocow", "preallocation"),
+    "vhdx": ("size", "log_size", "block_size", "subformat", "block_state_zero"),
     "qcow2": (
         "encryption", "encrypt.format", "encrypt.key_secret", "encrypt.cipher_alg", "encrypt.cipher_mode",
         "encrypt.ivgen_alg", "encrypt.ivgen_hash_alg", "encrypt.hash_alg", "encrypt.iter_time",
@@ -37,6 +38,7 @@ _ALWAYS: Final[Mapping[str, Mapping[str, str]]] = {
     "parallels": {"cluster_size": "1048576"},
     "qed": {"cluster_size": "65536"},
     "vdi": {"static": "off"},
+    "vhdx": {"log_size": "1048576", "block_size": "0"},
     "vmdk": {"compat6": "off", "hwversion": "undefined"},
     "qcow2": {
         "cluster_size": "65536",
