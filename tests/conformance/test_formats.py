@@ -134,6 +134,13 @@ class TestLuksEssiv(TestLuks):
     model_examples = 5
 
 
+class TestLuks2(TestLuks):
+    create_options = {**TestLuks.create_options, "luks-version": "2", "pbkdf": "pbkdf2", "sector-size": 4096}
+    can_check = True
+    header_room = 16 << 20
+    model_examples = 5
+
+
 class TestVdi(FormatConformance):
     format_name = "vdi"
     can_check = False
