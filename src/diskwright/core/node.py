@@ -157,6 +157,11 @@ class Node(ABC):
         """Whether ``write_compressed`` is possible."""
         return False
 
+    @property
+    def packs(self) -> bool:
+        """See ``Format.packs``."""
+        return False
+
     def write_compressed(self, segments: Segments, *, turn: Callable[[], None] | None = None) -> None:
         """Writes whole clusters, each compressed, or as it is where that makes it no smaller. Segments begin and end
         where clusters do, or at the end of the disk. ``turn`` is called when all have been compressed and nothing has
@@ -538,6 +543,10 @@ class FormatNode(Node):
     @property
     def compresses(self) -> bool:
         return self.format.compresses
+
+    @property
+    def packs(self) -> bool:
+        return self.format.packs
 
     def _write_compressed(self, segments: Segments, turn: Callable[[], None] | None) -> None:
         if not self.format.compresses:

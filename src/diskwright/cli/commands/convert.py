@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -153,7 +154,9 @@ def run(args: argparse.Namespace) -> int:
 
             check_target(target)
         new = not args.existing or args.target_is_zero
-        make = partial(CompressedConversion, in_order=not args.out_of_order) if wish.compress else Conversion
+        make: Callable[..., Conversion] = Conversion
+        if wish.compress or target.packs:
+            make = partial(CompressedConversion, in_order=not args.out_of_order)
         work = make(
             target,
             graph.leases,
