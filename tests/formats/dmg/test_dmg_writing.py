@@ -117,8 +117,8 @@ def test_it_is_read_here(made: Path) -> None:
 def test_it_is_read_by_fs_explorer(made: Path) -> None:
     code = (
         "import sys; from fs_explorer.containers.udif import UDIFImage, find_koly;"
-        "from fs_explorer.io.cache import Cache; from fs_explorer.io.source import FileRA; from fs_explorer.io.stats import Stats;"
-        "from fs_explorer.tree import Context; file = FileRA(sys.argv[1]);"
+        "from fs_explorer.io.cache import Cache; from fs_explorer.io.source import FileRA;"
+        "from fs_explorer.io.stats import Stats; from fs_explorer.tree import Context; file = FileRA(sys.argv[1]);"
         "device = UDIFImage(file, Context(Cache(), Stats()), find_koly(file)).device();"
         "sys.stdout.buffer.write(device.read_at(0, device.size))"
     )
