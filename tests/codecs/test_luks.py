@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from diskwright.codecs.luks import Area, Luks1, Luks2, antiforensic, kdf, read_header
+from diskwright.codecs.luks.facts import facts
 from diskwright.codecs.luks.slots import SlotChange, change
 from diskwright.errors import CorruptImage, DiskwrightError, ImageError, LimitExceeded, UnsupportedFeature
 
@@ -418,6 +419,17 @@ def test_hostile_luks2_metadata(path: str, value: object, kind: type[Exception],
     area, _ = area_of(luks2(spoil(path, value)))
     with pytest.raises(kind, match=what):
         read_header(area).unlock(area, b"first")
+
+
+def test_names_in_luks2_metadata_are_not_printed_as_they_are() -> None:
+    def rename(data: dict[str, Any]) -> None:
+        data["keyslots"]["\ud800\n\x1b[2J"] = {**data["keyslots"].pop("0"), "key_size": 0}
+
+    area, _ = area_of(luks2(rename))
+    header = read_header(area)
+    with pytest.raises(CorruptImage, match="key_size") as caught:
+        header.unlock(area, b"first")
+    assert str(caught.value).isprintable() and str(facts(header)).isprintable()
 
 
 def test_luks2_sizes_that_cannot_be() -> None:

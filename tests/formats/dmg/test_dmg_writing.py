@@ -223,6 +223,22 @@ def test_images_of_others_are_not_written_to(tmp_path: Path) -> None:
         diskwright.open(str(tmp_path / "a.dmg"), writable=True)
 
 
+@pytest.mark.parametrize("place", [0, 1], ids=["on another chunk", "on the list"])
+def test_chunks_that_share_their_place_are_not_written_to(place: int, tmp_path: Path) -> None:
+    size, unit = 1 << 20, KINDS["UDRO"].unit
+    starts = [0, 0 if place == 0 else unit]
+    rows = [(1, at * unit // 512, unit // 512, start, unit) for at, start in enumerate(starts)]
+    rows.append((0, 2 * unit // 512, (size - 2 * unit) // 512, 0, 0))
+    listed = layout.property_list(layout.table(size, unit, rows, b"UDRO", None)).ljust(unit, b" ")
+    body = bytes(unit) + (bytes(unit) if place == 0 else b"") + listed
+    at = len(body) - unit
+    (tmp_path / "a.dmg").write_bytes(body + layout.trailer(size, at, at, unit, None))
+    with diskwright.open(str(tmp_path / "a.dmg")) as disk:
+        assert disk.size == size
+    with pytest.raises(diskwright.DiskwrightError, match="Image is read-only"):
+        diskwright.open(str(tmp_path / "a.dmg"), writable=True)
+
+
 # -- checksums ----------------------------------------------------------------------------------------
 
 

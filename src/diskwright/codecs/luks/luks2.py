@@ -184,7 +184,7 @@ class Luks2:
     def _try_slot(
         self, area: Area, name: str, slot: Mapping[str, Any], passphrase: bytes, budget: Budget
     ) -> bytes | None:
-        what = f"keyslot {name}"
+        what = f"keyslot {ascii(name)[1:-1][:20]}"
         length = self._int(slot, f"{what} key_size", 1, MAX_KEY)
         af, place = self._sub(slot, f"{what} af"), self._sub(slot, f"{what} area")
         stripes, hash = self._int(af, f"{what} af stripes", 1, MAX_STRIPES), self._text(af, f"{what} af hash")
@@ -224,7 +224,7 @@ class Luks2:
         for name, digest in self._mapping("digests").items():
             if not isinstance(digest, Mapping) or self._segment_name not in _list(digest, "segments"):
                 continue
-            what = f"digest {name}"
+            what = f"digest {ascii(name)[1:-1][:20]}"
             if digest.get("type") != "pbkdf2":
                 raise UnsupportedFeature(f"{self.path}: {what} is of a type that is not known: {digest.get('type')!r}")
             if slot not in _list(digest, "keyslots"):

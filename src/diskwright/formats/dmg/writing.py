@@ -48,7 +48,8 @@ class WritableDmg(Dmg):
             raise UnsupportedFeature("Image is read-only")
         self.kind, self.cluster_size = kind, unit_of(kind, trailer.disk_size)
         size, unit = trailer.disk_size, self.cluster_size
-        super().__init__(file, size, _divided(file.filename, chunks, size, kind, unit))
+        _refuse_mixed(chunks, trailer)
+        super().__init__(file, size, _divided(chunks, size, kind, unit))
         self._pack = packer(kind, level)
         self._lock_map = threading.Condition(threading.Lock())
         self._kinds: bytearray = bytearray(self._kinds)
@@ -328,7 +329,16 @@ class _Plain(Reservation):
         self._image.release([self._chunk])
 
 
-def _divided(path: str, chunks: list[Chunk], size: int, kind: Kind, unit: int) -> list[Chunk]:
+def _refuse_mixed(chunks: list[Chunk], trailer: Trailer) -> None:
+    """A chunk may be overwritten where it is: none may lie on another, nor on the list. Raises UnsupportedFeature."""
+    end = 0
+    for place, stored in sorted((place, stored) for _, _, what, place, stored, _ in chunks if what != ZERO):
+        if place < end or place + stored > trailer.list_offset:
+            raise UnsupportedFeature("Image is read-only")
+        end = place + stored
+
+
+def _divided(chunks: list[Chunk], size: int, kind: Kind, unit: int) -> list[Chunk]:
     """The chunks, those of zeros divided, when all are of one unit. Raises UnsupportedFeature."""
     found: list[Chunk] = []
     for start, length, what, place, stored, method in chunks:
