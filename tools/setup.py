@@ -55,7 +55,9 @@ TESTS = (
     ("groff", "groff-base"),
     ("bximage", "bximage"),
     ("create_compressed_fs", "cloop-utils"),
+    ("cryptsetup", "cryptsetup-bin"),
     ("dmg2img", "dmg2img"),
+    ("7zz", "7zip"),
 )
 NEEDS: dict[str, tuple[tuple[str, str], ...]] = {
     "runtime": (),

@@ -52,6 +52,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def made(kind: str, tmp_path: Path) -> Path:
     """A copy of ``content()``."""
+    needs(kind)
     (tmp_path / "raw").write_bytes(content())
     path = tmp_path / "image.dmg"
     diskwright.convert(tmp_path / "raw", path, format="dmg", options={"subformat": kind})
@@ -124,6 +125,29 @@ def test_it_is_read_by_fs_explorer(made: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(made)], capture_output=True, timeout=60, check=False)
     assert done.stdout == content(), done.stderr.decode()
+
+
+SEVEN_ZIP = shutil.which("7zz")
+
+
+@pytest.mark.skipif(SEVEN_ZIP is None, reason="needs 7zz")
+def test_it_is_read_and_its_checksums_are_verified_by_7zip(made: Path) -> None:
+    assert SEVEN_ZIP is not None
+    done = subprocess.run([SEVEN_ZIP, "t", str(made)], capture_output=True, timeout=60, check=True)
+    assert b"Everything is Ok" in done.stdout
+    done = subprocess.run([SEVEN_ZIP, "e", "-so", str(made)], capture_output=True, timeout=60, check=True)
+    assert done.stdout == content()
+
+
+@pytest.mark.skipif(not library("pymodi"), reason="needs libmodi-python")
+@pytest.mark.parametrize("kind", ["UDZO", "ULFO", "UDRO"], indirect=False)
+def test_it_is_read_by_libmodi(kind: str, made: Path) -> None:
+    import pymodi
+
+    handle = pymodi.handle()
+    handle.open(str(made))
+    assert handle.get_media_size() == SIZE and handle.read_buffer(SIZE) == content()
+    handle.close()
 
 
 @pytest.mark.skipif(shutil.which("dmg2img") is None, reason="needs dmg2img")
