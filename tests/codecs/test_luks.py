@@ -357,6 +357,16 @@ def test_luks2_opens_by_either_header(damaged: int) -> None:
         opens(bytes(data), b"first")
 
 
+@pytest.mark.parametrize("length", [1, 8, 512, 4096, 16384])
+def test_luks2_opens_when_the_first_header_is_overwritten_from_its_beginning_on(length: int) -> None:
+    data = bytearray(luks2())
+    data[:length] = b"\xaa" * length
+    assert opens(bytes(data), b"first") == b"\5" * 64
+    data[16384] ^= 1
+    with pytest.raises(CorruptImage, match="magic"):
+        opens(bytes(data), b"first")
+
+
 def test_the_newer_luks2_header_counts() -> None:
     newer = bytearray(luks2())
     newer[16384:32768] = luks2(lambda data: data["keyslots"].clear(), sequence=2)[16384:32768]

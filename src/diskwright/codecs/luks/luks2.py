@@ -90,6 +90,15 @@ class Luks2:
 
     # -- reading ---------------------------------------------------------------------------------
 
+    @staticmethod
+    def has_second(area: Area) -> bool:
+        """Whether something like a second copy of the header is at one of the places it may have."""
+        return any(
+            area.read(place, len(MAGIC_SECOND), "the second LUKS2 header") == MAGIC_SECOND
+            for place in SIZES
+            if place + BINARY_LENGTH <= area.size
+        )
+
     @classmethod
     def read(cls, area: Area) -> Luks2:
         """The newer of the two headers that is whole. Raises CorruptImage when neither is."""
