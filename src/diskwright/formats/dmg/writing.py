@@ -55,6 +55,7 @@ class WritableDmg(Dmg):
         self._kinds: bytearray = bytearray(self._kinds)
         self._crcs = array("q", [_UNKNOWN]) * len(self._kinds)
         self._packed_crcs = array("q", [_UNKNOWN]) * len(self._kinds)
+        self._ours = bytearray(len(self._kinds))  # whether a chunk's place was taken since the image was opened
         self._busy: set[int] = set()
         self._pending: dict[tuple[int, int], tuple[int, int, bool]] = {}
         self._fill = max((place + stored for _, _, what, place, stored, _ in chunks if what != ZERO), default=0)
@@ -74,7 +75,8 @@ class WritableDmg(Dmg):
             return super().extents(offset, length)
 
     def in_place(self, offset: int, length: int) -> int:
-        """A chunk that is there as it is, and whose checksum nobody knows yet."""
+        """A chunk that is there as it is, and that no checksum covers, in memory or in the file: so one of this
+        opening, whose list has none until the image is closed."""
         chunk = offset // self.cluster_size
         with self._lock_map:
             self._dirty = True
@@ -83,7 +85,7 @@ class WritableDmg(Dmg):
             return self._places[chunk] + offset % self.cluster_size
 
     def _plain(self, chunk: int) -> bool:
-        return self._kinds[chunk] == DATA and self._crcs[chunk] == _UNKNOWN
+        return bool(self._ours[chunk]) and self._kinds[chunk] == DATA and self._crcs[chunk] == _UNKNOWN
 
     def length_of(self, chunk: int) -> int:
         """Bytes of the disk."""
@@ -140,6 +142,7 @@ class WritableDmg(Dmg):
             for chunk, kind, place, stored, crc, packed in rows:
                 self._places[chunk], self._stored[chunk], self._kinds[chunk] = place, stored, kind
                 self._crcs[chunk], self._packed_crcs[chunk] = crc, packed
+                self._ours[chunk] = True
                 self._methods[chunk] = RAW if kind == DATA else self.kind.method
             self._changed = self._dirty = True
 
