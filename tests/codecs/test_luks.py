@@ -488,4 +488,14 @@ def test_work_is_limited_over_all_slots_together() -> None:
 
 def test_more_time_is_more_iterations() -> None:
     assert kdf.iterations_for("sha256", 32, 0) == kdf.MIN_ITERATIONS
-    assert kdf.iterations_for("sha256", 32, 10**9) == kdf.MAX_ITERATIONS // 8
+    assert kdf.iterations_for("sha256", 32, 10**9) == kdf.MAX_ITERATIONS * 3 // 4 // 8
+
+
+def test_all_slots_open_however_long_a_passphrase_is_to_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kdf, "MAX_ITERATIONS", 1 << 19)  # in proportion: trying all of the real one takes minutes
+    header = Luks1.plan("aes-256", "xts", "plain64", None, "sha256")
+    area, medium = area_of(bytes(header.payload_start))
+    header.make(area, b"0", 10**6)
+    for number in range(1, 8):
+        header.store_key(area, number, header.unlock(area, b"0"), b"%d" % number, 10**6)
+    assert opens(bytes(medium.data), b"7") is not None

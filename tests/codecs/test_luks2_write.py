@@ -200,6 +200,19 @@ def test_a_sequence_number_that_cannot_go_up() -> None:
     assert not medium.writes
 
 
+def test_all_slots_can_be_used_and_opened_however_long_a_passphrase_is_to_take(
+    image: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kdf, "MAX_ITERATIONS", 1 << 20)  # in proportion: trying all of the real one takes minutes
+    data, key = image, opens(image, b"first")
+    for number in range(31):
+        data = bytes(changed(data, SlotChange("active", b"%d" % number, iter_time=10**6)).data)
+        data += bytes(max(0, 32768 + (number + 3) * 258048 - len(data)))
+    assert opens(data, b"30") == key and slots_of(data) == list(range(32))
+    with pytest.raises(ImageError, match="all keyslots are in use"):
+        changed(data, ADD)
+
+
 def test_argon2_costs_stay_within_what_is_read_again() -> None:
     passes, memory, lanes = kdf.argon2_costs("argon2id", 64, 10**7)
     assert passes >= kdf.ARGON2_PASSES and 32 * passes * memory <= kdf.MAX_ARGON2_WORK

@@ -80,8 +80,9 @@ def argon2(kind: str, secret: bytes, salt: bytes, passes: int, memory: int, lane
     return made
 
 
-def iterations_for(hash: str, length: int, milliseconds: int) -> int:
-    """How many PBKDF2 iterations take that much of this machine's processor time; at least ``MIN_ITERATIONS``."""
+def iterations_for(hash: str, length: int, milliseconds: int, slots: int = 8) -> int:
+    """How many PBKDF2 iterations take that much of this machine's processor time; at least ``MIN_ITERATIONS``, and so
+    few that an image with so many ``slots`` in use can be opened."""
     count = 1 << 14
     while True:
         begin = time.thread_time_ns()
@@ -91,7 +92,7 @@ def iterations_for(hash: str, length: int, milliseconds: int) -> int:
             break
         count *= 4
     blocks = -(-length // hasher(hash)().digest_size)
-    most = MAX_ITERATIONS // blocks // 8  # so that we can open what we have made, with all slots in use
+    most = MAX_ITERATIONS * 3 // 4 // blocks // slots  # the rest is for proving the key, once for every slot
     return min(most, max(MIN_ITERATIONS, count * milliseconds * 1_000_000 // max(taken, 1)))
 
 

@@ -176,7 +176,7 @@ def make(
     key = os.urandom(key_bytes)
     salt = os.urandom(SALT)
     width = hasher(hash)().digest_size
-    iterations = max(1000, iterations_for(hash, width, iter_time) // 8)
+    iterations = max(1000, iterations_for(hash, width, iter_time, MAX_SLOTS) // 8)
     slot, material = _wrapped(key, passphrase, pbkdf, iter_time, 2 * _HEADER, _rounded(key_bytes * STRIPES), hash=hash)
     segment = {
         "type": "crypt",
@@ -224,7 +224,7 @@ def _wrapped(
     cipher, width = _WRAP
     salt = os.urandom(SALT)
     if kind == "pbkdf2":
-        iterations = iterations_for(hash, width, iter_time)
+        iterations = iterations_for(hash, width, iter_time, MAX_SLOTS)
         kdf: Data = {"type": kind, "hash": hash, "iterations": iterations}
         derived = pbkdf2(hash, passphrase, salt, iterations, width)
     else:
