@@ -58,6 +58,7 @@ TESTS = (
     ("cryptsetup", "cryptsetup-bin"),
     ("dmg2img", "dmg2img"),
     ("7zz", "7zip"),
+    ("img2simg", "android-sdk-libsparse-utils"),
 )
 NEEDS: dict[str, tuple[tuple[str, str], ...]] = {
     "runtime": (),
