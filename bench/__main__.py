@@ -13,7 +13,7 @@ from bench.settings import FULL, QUICK, Settings
 from bench.tables import table
 from bench.workspace import NoRoom, busy_before, load_average, machine, use_this_tree, workspace
 
-PARTS: Final = ("nbd", "convert", "compress", "mirror", "check")
+PARTS: Final = ("nbd", "convert", "compress", "formats", "mirror", "check")
 
 
 def main() -> int:

@@ -55,7 +55,10 @@ TESTS = (
     ("groff", "groff-base"),
     ("bximage", "bximage"),
     ("create_compressed_fs", "cloop-utils"),
+    ("cryptsetup", "cryptsetup-bin"),
     ("dmg2img", "dmg2img"),
+    ("7zz", "7zip"),
+    ("img2simg", "android-sdk-libsparse-utils"),
 )
 NEEDS: dict[str, tuple[tuple[str, str], ...]] = {
     "runtime": (),

@@ -320,7 +320,7 @@ def convert(
         else:
             opening = {} if isinstance(compress, bool) else {"compression-level": compress}
             new = open_target(graph, name, node.size, format=driver, options=options, opening=opening)
-        kind = Conversion if compress is False and not new.only_compressed else CompressedConversion
+        kind = Conversion if compress is False and not new.packs else CompressedConversion
         work = kind(new, graph.leases, node.size, target_is_zero=new.zero_init, sparse=sparse)
         with _reporting(work.progress, progress):
             work.copy(node, 0)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from diskwright.codecs.luks import Area, Luks1, Luks2, antiforensic, kdf, read_header
+from diskwright.codecs.luks.facts import facts
 from diskwright.codecs.luks.slots import SlotChange, change
 from diskwright.errors import CorruptImage, DiskwrightError, ImageError, LimitExceeded, UnsupportedFeature
 
@@ -356,6 +357,16 @@ def test_luks2_opens_by_either_header(damaged: int) -> None:
         opens(bytes(data), b"first")
 
 
+@pytest.mark.parametrize("length", [1, 8, 512, 4096, 16384])
+def test_luks2_opens_when_the_first_header_is_overwritten_from_its_beginning_on(length: int) -> None:
+    data = bytearray(luks2())
+    data[:length] = b"\xaa" * length
+    assert opens(bytes(data), b"first") == b"\5" * 64
+    data[16384] ^= 1
+    with pytest.raises(CorruptImage, match="magic"):
+        opens(bytes(data), b"first")
+
+
 def test_the_newer_luks2_header_counts() -> None:
     newer = bytearray(luks2())
     newer[16384:32768] = luks2(lambda data: data["keyslots"].clear(), sequence=2)[16384:32768]
@@ -409,11 +420,26 @@ def spoil(path: str, value: object) -> Callable[[dict[str, Any]], None]:
         ("digests.0.iterations", 1 << 31, LimitExceeded, "digest"),
         ("digests.0.digest", "", CorruptImage, "digest"),
         ("digests.0.type", "x", UnsupportedFeature, "digest"),
+        ("digests.0.keyslots", 7, ImageError, "Invalid password"),
+        ("digests.0.segments", 7, ImageError, "Invalid password"),
+        ("digests.0.segments", "0", ImageError, "Invalid password"),
     ],
 )  # fmt: skip
 def test_hostile_luks2_metadata(path: str, value: object, kind: type[Exception], what: str) -> None:
+    area, _ = area_of(luks2(spoil(path, value)))
     with pytest.raises(kind, match=what):
-        opens(luks2(spoil(path, value)), b"first")
+        read_header(area).unlock(area, b"first")
+
+
+def test_names_in_luks2_metadata_are_not_printed_as_they_are() -> None:
+    def rename(data: dict[str, Any]) -> None:
+        data["keyslots"]["\ud800\n\x1b[2J"] = {**data["keyslots"].pop("0"), "key_size": 0}
+
+    area, _ = area_of(luks2(rename))
+    header = read_header(area)
+    with pytest.raises(CorruptImage, match="key_size") as caught:
+        header.unlock(area, b"first")
+    assert str(caught.value).isprintable() and str(facts(header)).isprintable()
 
 
 def test_luks2_sizes_that_cannot_be() -> None:
@@ -462,4 +488,14 @@ def test_work_is_limited_over_all_slots_together() -> None:
 
 def test_more_time_is_more_iterations() -> None:
     assert kdf.iterations_for("sha256", 32, 0) == kdf.MIN_ITERATIONS
-    assert kdf.iterations_for("sha256", 32, 10**9) == kdf.MAX_ITERATIONS // 8
+    assert kdf.iterations_for("sha256", 32, 10**9) == kdf.MAX_ITERATIONS * 3 // 4 // 8
+
+
+def test_all_slots_open_however_long_a_passphrase_is_to_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kdf, "MAX_ITERATIONS", 1 << 19)  # in proportion: trying all of the real one takes minutes
+    header = Luks1.plan("aes-256", "xts", "plain64", None, "sha256")
+    area, medium = area_of(bytes(header.payload_start))
+    header.make(area, b"0", 10**6)
+    for number in range(1, 8):
+        header.store_key(area, number, header.unlock(area, b"0"), b"%d" % number, 10**6)
+    assert opens(bytes(medium.data), b"7") is not None

@@ -136,6 +136,28 @@ class TestLuksEssiv(TestLuks):
     model_examples = 5
 
 
+class TestLuks2(TestLuks):
+    create_options = {**TestLuks.create_options, "luks-version": "2", "pbkdf": "pbkdf2", "sector-size": 4096}
+    can_check = True
+    header_room = 16 << 20
+    model_examples = 5
+    test_sizes_that_fit_no_cluster = None  # disks are made of whole sectors of 4096 bytes
+
+
+class TestDmg(FormatConformance):
+    format_name = "dmg"
+    can_grow = False
+    sparse = False
+    header_room = 16 << 20  # what is written again gets another place
+    model_examples = 15
+    test_a_new_image_is_recognised_and_reads_as_zeros = None  # it is by its name only, see tests/formats/dmg
+
+
+class TestDmgPlain(TestDmg):
+    create_options = {"subformat": "UDRO"}
+    model_examples = 5
+
+
 class TestVdi(FormatConformance):
     format_name = "vdi"
     can_check = False

@@ -32,6 +32,9 @@ class Reading(Campaign):
     qemu_says_more: ClassVar[bool] = False
     """Whether qemu-img warns of parts of its own that are not installed."""
 
+    checked_here: ClassVar[bool] = False
+    """Whether such images are checked here, and by qemu-img they are not."""
+
     # What needs writing.
     test_both_read_what_the_other_wrote = None  # type: ignore[assignment]
     test_a_crash_costs_nothing_that_was_flushed = None  # type: ignore[assignment]
@@ -82,6 +85,8 @@ class Reading(Campaign):
         assert (tmp_path / "copy").read_bytes() == self.disk()
         if self.qemu_reads:
             for words in (["info", path.name], ["check", path.name], ["resize", path.name, "64M"]):
+                if self.checked_here and words[0] == "check":
+                    continue
                 here, there = ours(*words, cwd=tmp_path), qemu_img(*words, cwd=tmp_path)
                 assert (here.code, here.out) == (there.code, there.out)
                 assert here.err == there.err or (self.qemu_says_more and there.err.endswith(here.err))

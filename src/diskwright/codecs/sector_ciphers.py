@@ -33,10 +33,12 @@ MODES: Final = ("xts", "cbc", "ctr", "ecb")
 class SectorCipher(ABC):
     """Encrypts and decrypts whole sectors. Thread-safe. Positions and lengths are multiples of ``sector`` bytes.
 
-    Vectors are numbered in units of 512 bytes from ``position`` 0 on, or, with ``iv_per_sector``, in sectors.
+    Vectors are numbered in units of 512 bytes from ``position`` 0 on, or, with ``iv_per_sector``, in sectors;
+    the number at ``position`` 0 is ``first``.
     """
 
-    def __init__(self, blocks: Blocks, ivs: Ivs, sector: int, *, iv_per_sector: bool = False) -> None:
+    def __init__(self, blocks: Blocks, ivs: Ivs, sector: int, *, iv_per_sector: bool = False, first: int = 0) -> None:
+        self._first = first
         self._blocks, self._ivs, self.sector = blocks, ivs, sector
         self._step = 1 if iv_per_sector else sector // 512
         self._unit = sector if iv_per_sector else 512
@@ -60,7 +62,7 @@ class SectorCipher(ABC):
 
     def _work(self, source: memoryview, into: memoryview, position: int, encrypt: bool) -> None:
         count = len(source) // self.sector
-        vectors = self._ivs.run(position // self._unit, count, self._step)
+        vectors = self._ivs.run(self._first + position // self._unit, count, self._step)
         if count <= FEW:
             self._few(source, into, vectors, encrypt)
         else:
@@ -99,7 +101,7 @@ class SectorCipher(ABC):
 class Xts(SectorCipher):
     """XTS. ``tweaks`` is the cipher under the key's second half, which encrypts the vectors."""
 
-    def __init__(self, blocks: Blocks, tweaks: Blocks, ivs: Ivs, sector: int, key: bytes, **more: bool) -> None:
+    def __init__(self, blocks: Blocks, tweaks: Blocks, ivs: Ivs, sector: int, key: bytes, **more: Any) -> None:
         super().__init__(blocks, ivs, sector, **more)
         half = len(key) // 2
         self._tweaks = tweaks
@@ -249,9 +251,17 @@ class Ecb(SectorCipher):
 
 
 def sector_cipher(
-    cipher: str, mode: str, ivgen: str, ivhash: str, key: bytes, *, sector: int = 512, iv_per_sector: bool = False
+    cipher: str,
+    mode: str,
+    ivgen: str,
+    ivhash: str,
+    key: bytes,
+    *,
+    sector: int = 512,
+    iv_per_sector: bool = False,
+    first: int = 0,
 ) -> SectorCipher:
-    """The cipher of sectors that LUKS writes as ``cipher``-``mode``-``ivgen``:``ivhash``.
+    """The cipher of sectors that LUKS writes as ``cipher``-``mode``-``ivgen``:``ivhash``. The rest: ``SectorCipher``.
 
     Raises UnsupportedFeature for names, key lengths and combinations that there are not.
     """
@@ -261,13 +271,13 @@ def sector_cipher(
         if blocks.block != 16:
             raise UnsupportedFeature("Unsupported cipher mode xts")
         ivs = make_ivs(ivgen, ivhash, 16, cipher, key)
-        return Xts(blocks, Blocks(cipher, key[half:]), ivs, sector, key, iv_per_sector=iv_per_sector)
+        return Xts(blocks, Blocks(cipher, key[half:]), ivs, sector, key, iv_per_sector=iv_per_sector, first=first)
     kinds: dict[str, type[SectorCipher]] = {"cbc": Cbc, "ctr": Ctr, "ecb": Ecb}
     if mode not in kinds:
         raise UnsupportedFeature(f"The cipher mode '{mode}' is not known; {', '.join(MODES)} are")
     blocks = Blocks(cipher, key)
     ivs = make_ivs(ivgen, ivhash, blocks.block, cipher, key)
-    return kinds[mode](blocks, ivs, sector, iv_per_sector=iv_per_sector)
+    return kinds[mode](blocks, ivs, sector, iv_per_sector=iv_per_sector, first=first)
 
 
 _arrays = threading.local()

@@ -1,4 +1,4 @@
-"""Chunk maps: what the read-only formats share that keep a disk as a list of packed chunks.
+"""Chunk maps: what the formats share that keep a disk as a list of packed chunks.
 
 Such an image has a list of chunks in the order of the disk: each is zeros, bytes as they are, or a stream that has to
 be decoded. A driver reads and checks the list, hands it over as columns, and says how a stream is unpacked; extents and
@@ -71,7 +71,13 @@ class ChunkMap(Format):
     cluster_size = SECTOR
 
     def __init__(
-        self, file: Node, size: int, starts: Sequence[int], kinds: bytes, places: array[int], stored: array[int]
+        self,
+        file: Node,
+        size: int,
+        starts: Sequence[int],
+        kinds: bytes | bytearray,
+        places: array[int],
+        stored: array[int],
     ) -> None:
         """Columns with a row for each chunk, in bytes: where it begins on the disk, ascending from 0; DATA, ZERO,
         SPECIAL or MISSING; place and length in the file. ``starts`` has one more, the last one's end, which is
@@ -79,7 +85,7 @@ class ChunkMap(Format):
         self.children = (file,)
         self.path, self.size = file.filename, size
         self._starts, self._kinds, self._places, self._stored = starts, kinds, places, stored
-        self._kept: dict[int, bytes] = {}  # chunk -> decoded; the oldest first
+        self._kept: dict[tuple[int, int], bytes] = {}  # chunk and its place -> decoded; the oldest first
         self._kept_bytes = 0
         self._lock = threading.Lock()
         self._columns: Any = None
@@ -117,7 +123,7 @@ class ChunkMap(Format):
         first = bisect_right(self._starts, offset) - 1
         last = bisect_right(self._starts, offset + length - 1)
         starts = np.array(self._starts[first : last + 1], np.int64)
-        kinds = np.frombuffer(self._kinds, np.uint8)[first:last]
+        kinds = np.frombuffer(self._kinds, np.uint8)[first:last].copy()
         missing = kinds == MISSING
         if missing.any():
             raise self._missing(max(offset, int(starts[np.argmax(missing)])))
@@ -141,21 +147,22 @@ class ChunkMap(Format):
         if len(into) == size:  # nothing of it is left to be asked for
             into[:] = self._chunk(chunk, raw, size)
             return
-        data = self._kept.get(chunk)
+        key = chunk, extent.file_offset
+        data = self._kept.get(key)
         if data is None:
             data = self._chunk(chunk, raw, size)
-            self._keep(chunk, data)
+            self._keep(key, data)
         inside = extent.offset - self._starts[chunk]
         into[:] = memoryview(data)[inside : inside + len(into)]
 
-    def _keep(self, chunk: int, data: bytes) -> None:
+    def _keep(self, key: tuple[int, int], data: bytes) -> None:
         with self._lock:
-            if chunk in self._kept:
+            if key in self._kept:
                 return
             kept = self._kept
             while kept and (len(kept) >= _KEPT_MOST or self._kept_bytes + len(data) > _KEPT_BYTES):
                 self._kept_bytes -= len(kept.pop(next(iter(kept))))
-            kept[chunk] = data
+            kept[key] = data
             self._kept_bytes += len(data)
 
     def _chunk(self, chunk: int, raw: memoryview, size: int) -> bytes:

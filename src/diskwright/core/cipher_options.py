@@ -15,6 +15,8 @@ CIPHERS: Final = OneOf(
 )  # fmt: skip
 HASHES: Final = OneOf("md5", "sha1", "sha224", "sha256", "sha384", "sha512", "ripemd160")
 
+PBKDFS: Final = ("argon2id", "argon2i", "pbkdf2")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SlotOptions:

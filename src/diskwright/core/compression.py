@@ -79,11 +79,10 @@ class StoredWriter:
             if offset % unit or (end % unit and end != form.size):
                 raise OSError(errno.EINVAL, f"{len(buffer)} bytes at {offset} are not whole clusters of {unit}")
             for at in range(0, len(buffer), unit):
-                self._encode(offset + at, buffer[at : at + unit], unit)
+                self._encode(offset + at, buffer[at : at + unit])
 
-    def _encode(self, offset: int, piece: memoryview, unit: int) -> None:
-        whole = piece if len(piece) == unit else memoryview(bytes(piece).ljust(unit, b"\0"))
-        stored = self._form.encode(whole, offset)
+    def _encode(self, offset: int, piece: memoryview) -> None:
+        stored = self._form.encode_at(offset, piece)
         if stored is not None:
             self._units.append((offset, len(stored)))
             self._stored.append(stored)

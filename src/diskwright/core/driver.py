@@ -371,8 +371,11 @@ class Format(ABC):
     ``if many`` (when the file takes much less space than it is long)."""
     compresses: bool = False
     """Whether clusters can be written compressed: ``encode`` and ``reserve_stored`` are there."""
+    packs: bool = False
+    """Whether a copy into such an image is compressed unasked, as its kind says, and so goes by whole clusters."""
     only_compressed: bool = False
-    """Whether it takes nothing but compressed clusters, each of them once and in the order of the disk."""
+    """Whether it takes nothing but compressed clusters, each of them once and in the order of the disk. Such an image
+    ``packs``."""
     bitmap_store: BitmapStore | None = None
     """Where it keeps named dirty bitmaps; None for a format that has no place for them."""
     linear: int | None = None
@@ -468,6 +471,12 @@ class Format(ABC):
         """The guest bytes of the whole cluster at ``offset`` (the disk's last one filled up with zeros) as they would
         be stored; None when that is not smaller. Touches nothing but ``data``, and lets other threads run meanwhile."""
         raise not_supported(COMPRESSION)
+
+    def encode_at(self, offset: int, data: memoryview) -> bytes | None:
+        """``encode`` of the cluster at ``offset``, which this fills up when it is the disk's last one and shorter. What
+        the same thread reserves next with ``reserve_stored`` is what this has answered."""
+        unit = self.cluster_size
+        return self.encode(data if len(data) == unit else memoryview(bytes(data).ljust(unit, b"\0")), offset)
 
     def reserve_stored(self, units: Sequence[tuple[int, int]]) -> Reservation:
         """Places for stored units, ``(guest offset of the cluster, stored length)`` each, in ascending order.

@@ -158,6 +158,11 @@ class Node(ABC):
         return False
 
     @property
+    def packs(self) -> bool:
+        """See ``Format.packs``."""
+        return False
+
+    @property
     def only_compressed(self) -> bool:
         """Whether ``write_compressed`` is the only way, in ascending order; see ``Format.only_compressed``."""
         return False
@@ -545,6 +550,10 @@ class FormatNode(Node):
         return self.format.compresses
 
     @property
+    def packs(self) -> bool:
+        return self.format.packs
+
+    @property
     def only_compressed(self) -> bool:
         return self.format.only_compressed
 
@@ -751,6 +760,10 @@ class FilterNode(Node):
     @property
     def compresses(self) -> bool:
         return self.filter.child.compresses
+
+    @property
+    def packs(self) -> bool:
+        return self.filter.child.packs
 
     @property
     def only_compressed(self) -> bool:

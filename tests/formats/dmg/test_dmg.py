@@ -34,6 +34,7 @@ def example(kinds: tuple[int, ...], fork: bool, lead: bytes) -> bytes:
 class TestPlist(Reading):
     format_name = "dmg"
     qemu_says_more = True
+    checked_here = True
     kinds: ClassVar[tuple[int, ...]] = SIMPLE
     fork: ClassVar[bool] = False
     lead: ClassVar[bytes] = b""
@@ -159,7 +160,7 @@ def refused(tmp_path: Path, data: bytes, text: str, *words: str) -> None:
         (0, 0, "'koly'"),
         (60, 3, "segment"),
         (220, 0xFFFFFFF0, "property list"),
-        (228, 1 << 25, "at most 16777216"),
+        (228, 1 << 27, "at most 83886080"),
         (228, 0, "neither"),
         (228, 100, "damaged"),
         (492, 1 << 30, "sectors; less than"),

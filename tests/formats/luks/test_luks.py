@@ -11,7 +11,7 @@ import diskwright
 from diskwright.core.graph import Graph
 from diskwright.core.options import parse
 from diskwright.core.secrets import Secrets
-from diskwright.errors import CorruptImage, DiskwrightError, ImageError, OptionError, UnsupportedFeature
+from diskwright.errors import CorruptImage, DiskwrightError, ImageError, OptionError
 from diskwright.formats.luks.options import LuksAmendOptions
 from tests.formats.luks.peers import (
     PASSPHRASE,
@@ -183,17 +183,6 @@ def test_luks2_sectors_are_as_the_specification_says(tmp_path: Path) -> None:
     tweak = (3 * 8).to_bytes(16, "little")
     cipher = Cipher(algorithms.AES(dumped_key(path)), modes.XTS(tweak)).encryptor()
     assert path.read_bytes()[start + 3 * 4096 :][:4096] == cipher.update(b"p" * 4096)
-
-
-@needs_cryptsetup
-def test_luks2_with_integrity_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.luks"
-    formatted(path, "--type", "luks2", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000")
-    disk = opened(path, "luks", writable=False)
-    assert disk.node.size == (32 << 20) - disk.node.format.header.payload_start  # type: ignore[attr-defined]
-    with pytest.raises(UnsupportedFeature, match="LUKS2"):
-        disk.node.amend(LuksAmendOptions(state="inactive", keyslot=0))  # type: ignore[attr-defined]
-    disk.close()
 
 
 # -- detached headers ----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -148,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
         target = _target(graph, wish, args, total) if package is None else package.disk
         if target.size < total:
             raise Failure("output file is smaller than input file")
-        compress = wish.compress or target.only_compressed
+        compress = wish.compress or target.packs
         if compress and not target.compresses:
             raise Failure(COMPRESSION)
         if args.bitmaps:
@@ -156,8 +157,9 @@ def run(args: argparse.Namespace) -> int:
 
             check_target(target)
         new = not args.existing or args.target_is_zero
-        in_order = not args.out_of_order or target.only_compressed
-        make = partial(CompressedConversion, in_order=in_order) if compress else Conversion
+        make: Callable[..., Conversion] = Conversion
+        if compress:
+            make = partial(CompressedConversion, in_order=not args.out_of_order or target.only_compressed)
         work = make(
             target,
             graph.leases,

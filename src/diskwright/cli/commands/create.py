@@ -32,7 +32,7 @@ _ORDER: Final[Mapping[str, Sequence[str]]] = {
 # Names that are announced with hyphens, as the encrypting formats spell them.
 _HYPHENATED: Final = (
     "key_secret", "cipher_alg", "cipher_mode", "ivgen_alg", "ivgen_hash_alg", "hash_alg", "iter_time",
-    "detached_header", "new_secret", "old_secret",
+    "detached_header", "new_secret", "old_secret", "luks_version", "sector_size",
 )  # fmt: skip
 _ALWAYS: Final[Mapping[str, Mapping[str, str]]] = {
     "parallels": {"cluster_size": "1048576"},

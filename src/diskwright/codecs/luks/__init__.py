@@ -19,4 +19,6 @@ def read_header(area: Area) -> Luks1 | Luks2:
     head = area.read(0, 8, "the LUKS header") if area.size >= 8 else b""
     if head[:6] == MAGIC and head[6:] == b"\0\2":
         return Luks2.read(area)
+    if (head[:6] != MAGIC or head[6:] != b"\0\1") and Luks2.has_second(area):
+        return Luks2.read(area)  # the first copy is lost, beginning and all
     return Luks1.read(area)

@@ -47,10 +47,10 @@ def _facts2(header: Luks2) -> dict[str, object]:
     found["encryption"] = header.encryption
     found["sector-size"] = header.sector_size
     slots: list[dict[str, object]] = []
-    for name, slot in header.data.get("keyslots", {}).items():
+    for name, slot in sorted(header.keyslots().items(), key=lambda row: (len(row[0]), row[0])):
         kdf = slot.get("kdf") if isinstance(slot, dict) else None
         kind = kdf.get("type") if isinstance(kdf, dict) else None
-        slots.append({"keyslot": str(name)[:8], "kdf": str(kind)[:16]})
+        slots.append({"keyslot": ascii(name)[1:-1][:8], "kdf": ascii(str(kind))[1:-1][:16]})
     found["slots"] = slots
     found["payload-offset"] = header.payload_start
     return found

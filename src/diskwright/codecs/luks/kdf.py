@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from typing import Final
 
@@ -79,8 +80,9 @@ def argon2(kind: str, secret: bytes, salt: bytes, passes: int, memory: int, lane
     return made
 
 
-def iterations_for(hash: str, length: int, milliseconds: int) -> int:
-    """How many PBKDF2 iterations take that much of this machine's processor time; at least ``MIN_ITERATIONS``."""
+def iterations_for(hash: str, length: int, milliseconds: int, slots: int = 8) -> int:
+    """How many PBKDF2 iterations take that much of this machine's processor time; at least ``MIN_ITERATIONS``, and so
+    few that an image with so many ``slots`` in use can be opened."""
     count = 1 << 14
     while True:
         begin = time.thread_time_ns()
@@ -90,5 +92,35 @@ def iterations_for(hash: str, length: int, milliseconds: int) -> int:
             break
         count *= 4
     blocks = -(-length // hasher(hash)().digest_size)
-    most = MAX_ITERATIONS // blocks // 8  # so that we can open what we have made, with all slots in use
+    most = MAX_ITERATIONS * 3 // 4 // blocks // slots  # the rest is for proving the key, once for every slot
     return min(most, max(MIN_ITERATIONS, count * milliseconds * 1_000_000 // max(taken, 1)))
+
+
+ARGON2_MEMORY: Final = 32 * 1024
+"""The least memory of an Argon2 run that is ever written, in KiB, and what its time is measured with."""
+
+ARGON2_PASSES: Final = 4
+"""The fewest passes that are ever written."""
+
+
+def argon2_costs(kind: str, length: int, milliseconds: int) -> tuple[int, int, int]:
+    """Passes, memory in KiB, and lanes that take about that much of this machine's processor time: as much memory as
+    possible, and more passes only beyond ``MAX_ARGON2_MEMORY`` (or half of this machine's memory)."""
+    lanes = min(4, os.cpu_count() or 1)
+    begin = time.process_time_ns()
+    argon2(kind, b"password", b"salt" * 8, ARGON2_PASSES, ARGON2_MEMORY, lanes, length)
+    taken = max(1, time.process_time_ns() - begin)
+    times = milliseconds * 1_000_000 / taken
+    most = min(MAX_ARGON2_MEMORY, max(ARGON2_MEMORY, _memory() // 2))
+    memory = min(most, max(ARGON2_MEMORY, int(ARGON2_MEMORY * times)))
+    passes = int(ARGON2_PASSES * times * ARGON2_MEMORY / memory)
+    # So that we can open what we have made with 32 slots in use.
+    return max(ARGON2_PASSES, min(passes, MAX_ARGON2_WORK // 32 // memory)), memory, lanes
+
+
+def _memory() -> int:
+    """This machine's, in KiB; 1 GiB where it does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 1024
+    except (ValueError, OSError, AttributeError):
+        return 1 << 20

@@ -78,6 +78,7 @@ class Luks1:
     slots: list[Slot] = field(default_factory=list)
 
     version: ClassVar[Literal[1]] = 1
+    slot_count: ClassVar[int] = SLOTS
 
     # -- facts -----------------------------------------------------------------------------------
 
@@ -100,6 +101,14 @@ class Luks1:
         """The cipher that ``key`` stands for; of the payload, or of a slot's key material."""
         mode, ivgen, hash = self.mode
         return sector_cipher(self.cipher_name, mode, ivgen, hash, key)
+
+    def slots_taken(self) -> list[int]:
+        """The slots that are not free."""
+        return [index for index, slot in enumerate(self.slots) if slot.in_use]
+
+    def slots_that_open(self) -> list[int]:
+        """The slots by which the image can be opened."""
+        return self.slots_taken()
 
     # -- on disk ---------------------------------------------------------------------------------
 

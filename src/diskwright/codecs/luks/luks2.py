@@ -12,6 +12,7 @@ import hmac
 import json
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal
 
 from diskwright.codecs.ivs import hasher
@@ -36,14 +37,42 @@ MAX_SLOTS: Final = 32
 MAX_SALT: Final = 1024
 
 
+@dataclass(frozen=True)
+class Copy:
+    """One of the two copies of the header: where it is, and the fields of its binary part that stay as they are.
+    ``length`` is that of the copy in bytes, its JSON area included."""
+
+    place: int
+    length: int
+    sequence: int
+    label: bytes
+    algorithm: bytes
+    uuid: bytes
+    subsystem: bytes
+    text: bytes
+
+    def encode(self, salt: bytes) -> bytes:
+        """The whole copy with its checksum. ``salt``: 64 random bytes, so that no two copies are ever equal."""
+        magic = MAGIC_SECOND if self.place else MAGIC
+        head = _BINARY.pack(magic, 2, self.length, self.sequence, self.label, self.algorithm, salt, self.uuid,
+                            self.subsystem, self.place, b"", b"")  # fmt: skip
+        whole = bytearray((head.ljust(BINARY_LENGTH, b"\0") + self.text).ljust(self.length, b"\0"))
+        digest = hasher(_name(self.algorithm))(bytes(whole)).digest()
+        whole[_CSUM_AT : _CSUM_AT + len(digest)] = digest
+        return bytes(whole)
+
+
 class Luks2:
-    """The metadata of one LUKS2 image, and the one segment it describes."""
+    """The metadata of one LUKS2 image, and the one segment it describes. Changed by ``luks2_write``."""
 
     version: ClassVar[Literal[2]] = 2
 
-    def __init__(self, area: Area, uuid: str, label: str, data: Mapping[str, Any]) -> None:
-        self.uuid, self.label, self.data = uuid, label, data
-        self._path = area.path
+    def __init__(self, path: str, copy: Copy) -> None:
+        self.copy, self.data = copy, _parse(path, copy.text)
+        self.uuid, self.label = _plain(copy.uuid), _plain(copy.label)
+        self.lost: list[str] = []
+        """What is wrong with the other copy of the header, when something is."""
+        self.path = path
         self._refuse_requirements()
         segment = self._segment()
         self.payload_start = self._number(segment, "segments offset")
@@ -61,26 +90,40 @@ class Luks2:
 
     # -- reading ---------------------------------------------------------------------------------
 
+    @staticmethod
+    def has_second(area: Area) -> bool:
+        """Whether something like a second copy of the header is at one of the places it may have."""
+        return any(
+            area.read(place, len(MAGIC_SECOND), "the second LUKS2 header") == MAGIC_SECOND
+            for place in SIZES
+            if place + BINARY_LENGTH <= area.size
+        )
+
     @classmethod
     def read(cls, area: Area) -> Luks2:
         """The newer of the two headers that is whole. Raises CorruptImage when neither is."""
-        found: list[tuple[int, int, str, str, bytes]] = []
+        found: list[Copy] = []
         errors: list[ImageError] = []
-        places = [0, *SIZES]
-        for place in places:
-            if place and (place + BINARY_LENGTH > area.size or (found and place != found[0][1])):
+        for place in (0, *SIZES):
+            if place and (place + BINARY_LENGTH > area.size or (found and place != found[0].length)):
                 continue  # the first header tells where the second one is; without it all places are looked at
             try:
-                header = _read_one(area, place)
+                copy = _read_one(area, place)
             except ImageError as error:
                 errors.append(error)
                 continue
-            if header is not None:
-                found.append(header)
+            if copy is not None:
+                found.append(copy)
         if not found:
             raise errors[0] if errors else CorruptImage(area.path, "LUKS2 header", "missing", area.offset)
-        _, _, uuid, label, text = max(found, key=lambda row: row[0])
-        return cls(area, uuid, label, _parse(area.path, text))
+        header = cls(area.path, max(found, key=lambda copy: copy.sequence))
+        if len(found) < 2:
+            other = "first" if header.copy.place else "second"
+            header.lost = [f"The {other} copy of the LUKS2 header is damaged"]
+        elif found[0].sequence != found[1].sequence or found[0].text != found[1].text:
+            older = "first" if header.copy.place else "second"
+            header.lost = [f"The {older} copy of the LUKS2 header is not that of the other"]
+        return header
 
     # -- keys ------------------------------------------------------------------------------------
 
@@ -100,6 +143,48 @@ class Luks2:
                     return key
         raise ImageError("Invalid password, cannot unlock any keyslot")
 
+    def try_slot(self, area: Area, index: int, passphrase: bytes, budget: Budget) -> bytes | None:
+        """The volume key in slot ``index``, or None when the passphrase is another's."""
+        slot = self.keyslots().get(str(index))
+        if not isinstance(slot, Mapping) or slot.get("type") != "luks2":
+            return None
+        return self._try_slot(area, str(index), slot, passphrase, budget)
+
+    def keyslots(self) -> Mapping[str, Any]:
+        """The key slots, by their numbers as text. Raises CorruptImage."""
+        return self._mapping("keyslots")
+
+    def opens_with(self, name: str) -> bool:
+        """Whether slot ``name`` is one of the payload's key, and for everyday use."""
+        slot = self.keyslots().get(name)
+        if not isinstance(slot, Mapping) or slot.get("type") != "luks2" or self._priority(slot) <= 0:
+            return False
+        return name in self._mapping("digests")[self.digest_name()]["keyslots"]
+
+    def kdf(self, name: str) -> str:
+        """How the key of slot ``name`` is derived."""
+        return self._text(self._sub(self.keyslots()[name], f"keyslot {name} kdf"), f"keyslot {name} kdf type")
+
+    def place_of(self, name: str) -> tuple[int, int]:
+        """Where slot ``name`` has its key material, and how much room for it. Raises CorruptImage."""
+        what = f"keyslot {name}"
+        place = self._sub(self._sub(self.keyslots(), what), f"{what} area")
+        return self._number(place, f"{what} area offset"), self._number(place, f"{what} area size")
+
+    def keyslots_size(self) -> int:
+        """Bytes behind both copies of the header that are for key material."""
+        return self._number(self._mapping("config"), "config keyslots_size")
+
+    def digest_name(self) -> str:
+        """The name of the digest that the payload's key is known by. Raises CorruptImage."""
+        for name, digest in self._mapping("digests").items():
+            if not isinstance(digest, Mapping):
+                continue
+            segments, slots = digest.get("segments"), digest.get("keyslots")
+            if isinstance(segments, list) and isinstance(slots, list) and self._segment_name in segments:
+                return str(name)
+        raise self._wrong("digests", len(self._mapping("digests")), "have none of the segment's key")
+
     @staticmethod
     def _priority(slot: object) -> int:
         found = slot.get("priority", 1) if isinstance(slot, Mapping) else 0
@@ -108,7 +193,7 @@ class Luks2:
     def _try_slot(
         self, area: Area, name: str, slot: Mapping[str, Any], passphrase: bytes, budget: Budget
     ) -> bytes | None:
-        what = f"keyslot {name}"
+        what = f"keyslot {ascii(name)[1:-1][:20]}"
         length = self._int(slot, f"{what} key_size", 1, MAX_KEY)
         af, place = self._sub(slot, f"{what} af"), self._sub(slot, f"{what} area")
         stripes, hash = self._int(af, f"{what} af stripes", 1, MAX_STRIPES), self._text(af, f"{what} af hash")
@@ -134,7 +219,7 @@ class Luks2:
             budget.pbkdf2(what, hash, iterations, length)
             return pbkdf2(hash, passphrase, salt, iterations, length)
         if kind not in ("argon2i", "argon2id"):
-            raise UnsupportedFeature(f"{self._path}: {what} uses the key derivation '{kind}', which is not known")
+            raise UnsupportedFeature(f"{self.path}: {what} uses the key derivation '{kind}', which is not known")
         passes = self._int(kdf, f"{what} kdf time", 1, 1 << 32)
         memory = self._int(kdf, f"{what} kdf memory", 1, 1 << 32)
         lanes = self._int(kdf, f"{what} kdf cpus", 1, 1 << 32)
@@ -146,12 +231,12 @@ class Luks2:
     def _proves(self, slot: str, key: bytes, budget: Budget) -> bool:
         """Whether the segment's digest is that of ``key``."""
         for name, digest in self._mapping("digests").items():
-            if not isinstance(digest, Mapping) or self._segment_name not in digest.get("segments", ()):
+            if not isinstance(digest, Mapping) or self._segment_name not in _list(digest, "segments"):
                 continue
-            what = f"digest {name}"
+            what = f"digest {ascii(name)[1:-1][:20]}"
             if digest.get("type") != "pbkdf2":
-                raise UnsupportedFeature(f"{self._path}: {what} is of a type that is not known: {digest.get('type')!r}")
-            if slot not in digest.get("keyslots", ()):
+                raise UnsupportedFeature(f"{self.path}: {what} is of a type that is not known: {digest.get('type')!r}")
+            if slot not in _list(digest, "keyslots"):
                 continue
             hash, salt = self._text(digest, f"{what} hash"), self._bytes(digest, f"{what} salt", MAX_SALT)
             wanted = self._bytes(digest, f"{what} digest", 512)
@@ -165,9 +250,7 @@ class Luks2:
 
     def cipher(self, key: bytes) -> SectorCipher:
         """The cipher of the payload, by position in it."""
-        if self._iv_tweak:
-            raise UnsupportedFeature(f"{self._path}: an iv_tweak of {self._iv_tweak} is not supported")
-        return _cipher(self.encryption, key, self.sector_size)
+        return _cipher(self.encryption, key, self.sector_size, self._iv_tweak)
 
     # -- looking at the metadata -----------------------------------------------------------------
 
@@ -176,17 +259,17 @@ class Luks2:
         mandatory = requirements.get("mandatory", ()) if isinstance(requirements, Mapping) else ("?",)
         if mandatory:
             named = ", ".join(str(name)[:40] for name in list(mandatory)[:8])
-            raise UnsupportedFeature(f"{self._path}: LUKS2 requirements that are not supported here: {named!a}")
+            raise UnsupportedFeature(f"{self.path}: LUKS2 requirements that are not supported here: {named!a}")
 
     def _segment(self) -> Mapping[str, Any]:
         segments = self._mapping("segments")
         if len(segments) != 1:
-            raise UnsupportedFeature(f"{self._path}: has {len(segments)} LUKS2 segments; only one is supported")
+            raise UnsupportedFeature(f"{self.path}: has {len(segments)} LUKS2 segments; only one is supported")
         self._segment_name, segment = next(iter(segments.items()))
         if not isinstance(segment, Mapping) or segment.get("type") != "crypt":
-            raise UnsupportedFeature(f"{self._path}: its LUKS2 segment is not of type 'crypt'")
+            raise UnsupportedFeature(f"{self.path}: its LUKS2 segment is not of type 'crypt'")
         if "integrity" in segment:
-            raise UnsupportedFeature(f"{self._path}: LUKS2 with data integrity is not supported")
+            raise UnsupportedFeature(f"{self.path}: LUKS2 with data integrity is not supported")
         return segment
 
     def _mapping(self, name: str) -> Mapping[str, Any]:
@@ -233,15 +316,15 @@ class Luks2:
         return decoded
 
     def _wrong(self, field: str, value: object, why: str) -> CorruptImage:
-        return CorruptImage(self._path, f"LUKS2 {field}", value, None, why)
+        return CorruptImage(self.path, f"LUKS2 {field}", value, None, why)
 
 
-def _read_one(area: Area, place: int) -> tuple[int, int, str, str, bytes] | None:
-    """``(sequence number, size, uuid, label, JSON)`` of the header at ``place``; None when there is none at all."""
+def _read_one(area: Area, place: int) -> Copy | None:
+    """The header at ``place``; None when there is none at all."""
     if place + BINARY_LENGTH > area.size:
         raise CorruptImage(area.path, "size", area.size, None, "is less than a LUKS2 header takes")
     raw = area.read(place, BINARY_LENGTH, "the LUKS2 header")
-    magic, version, size, sequence, label, algorithm, _, uuid, _, offset, _, checksum = _BINARY.unpack_from(raw)
+    magic, version, size, sequence, label, algorithm, _, uuid, subsystem, offset, _, checksum = _BINARY.unpack_from(raw)
     at = area.offset + place
     if magic != (MAGIC_SECOND if place else MAGIC):
         if place:
@@ -253,14 +336,22 @@ def _read_one(area: Area, place: int) -> tuple[int, int, str, str, bytes] | None
         raise CorruptImage(area.path, "hdr_size", size, at + 8, f"no power of two from {SIZES[0]} to {SIZES[-1]}")
     if offset != place or (place and size != place):
         raise CorruptImage(area.path, "hdr_offset", offset, at + 256, "is not where the header is")
-    name = algorithm.split(b"\0", 1)[0].decode("latin-1")
-    digest = hasher(name)(b"")
+    digest = hasher(_name(algorithm))(b"")
     text = area.read(place + BINARY_LENGTH, size - BINARY_LENGTH, "the LUKS2 metadata")
     digest.update(raw[:_CSUM_AT] + bytes(_CSUM_LENGTH) + raw[_CSUM_AT + _CSUM_LENGTH :])
     digest.update(text)
     if not hmac.compare_digest(digest.digest(), checksum[: digest.digest_size]):
         raise CorruptImage(area.path, "csum", checksum[:8].hex() + "...", at + _CSUM_AT, "the LUKS2 header is damaged")
-    return sequence, size, _plain(uuid), _plain(label), text.split(b"\0", 1)[0]
+    return Copy(place, size, sequence, label, algorithm, uuid, subsystem, text.split(b"\0", 1)[0])
+
+
+def _list(of: Mapping[str, Any], field: str) -> list[Any]:
+    found = of.get(field)
+    return found if isinstance(found, list) else []
+
+
+def _name(raw: bytes) -> str:
+    return raw.split(b"\0", 1)[0].decode("latin-1")
 
 
 def _plain(raw: bytes) -> str:
@@ -277,9 +368,9 @@ def _parse(path: str, text: bytes) -> Mapping[str, Any]:
     return found
 
 
-def _cipher(encryption: str, key: bytes, sector: int) -> SectorCipher:
-    """The cipher that the metadata writes as ``aes-xts-plain64``."""
+def _cipher(encryption: str, key: bytes, sector: int, tweak: int = 0) -> SectorCipher:
+    """The cipher that the metadata writes as ``aes-xts-plain64``; ``tweak`` is added to sectors' numbers."""
     name, _, rest = encryption.partition("-")
     mode, _, ivgen = rest.partition("-")
     ivname, _, hash = ivgen.partition(":")
-    return sector_cipher(name, mode, ivname or "plain", hash, key, sector=sector)
+    return sector_cipher(name, mode, ivname or "plain", hash, key, sector=sector, first=tweak)

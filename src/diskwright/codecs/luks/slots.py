@@ -8,15 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from diskwright.codecs.luks.area import Area
 from diskwright.codecs.luks.kdf import Budget
-from diskwright.codecs.luks.luks1 import SLOTS, Luks1
 from diskwright.errors import ImageError, OptionError
 
 ITER_TIME: Final = 2000
 """Milliseconds of processor time that trying a passphrase shall cost whoever tries, when nothing else is said."""
+
+
+class KeySlots(Protocol):
+    """What this needs of a header of either version. ``Luks1`` says what the methods do."""
+
+    @property
+    def slot_count(self) -> int: ...
+    def slots_taken(self) -> list[int]: ...
+    def slots_that_open(self) -> list[int]: ...
+    def try_slot(self, area: Area, index: int, passphrase: bytes, budget: Budget) -> bytes | None: ...
+    def store_key(self, area: Area, index: int, key: bytes, passphrase: bytes, iter_time: int) -> None: ...
+    def erase_slot(self, area: Area, index: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -34,25 +45,28 @@ class SlotChange:
         return f"<SlotChange to {self.state}>"
 
 
-def change(header: Luks1, area: Area, wanted: SlotChange, unlock: Callable[[], bytes], *, force: bool = False) -> None:
+def change(
+    header: KeySlots, area: Area, wanted: SlotChange, unlock: Callable[[], bytes], *, force: bool = False
+) -> None:
     """Makes the change. ``unlock`` answers the volume key. Raises OptionError or ImageError, with nothing changed."""
     if wanted.state is None:
         raise OptionError("Parameter 'state' is missing")
-    if wanted.keyslot is not None and not 0 <= wanted.keyslot < SLOTS:
-        raise OptionError(f"Invalid keyslot {wanted.keyslot} specified, must be between 0 and {SLOTS - 1}")
+    if wanted.keyslot is not None and not 0 <= wanted.keyslot < header.slot_count:
+        raise OptionError(f"Invalid keyslot {wanted.keyslot} specified, must be between 0 and {header.slot_count - 1}")
     if wanted.state == "active":
         _activate(header, area, wanted, unlock, force)
     else:
         _erase(header, area, wanted, force)
 
 
-def _activate(header: Luks1, area: Area, wanted: SlotChange, unlock: Callable[[], bytes], force: bool) -> None:
+def _activate(header: KeySlots, area: Area, wanted: SlotChange, unlock: Callable[[], bytes], force: bool) -> None:
     if wanted.new_secret is None:
         raise OptionError("'new-secret' is required to activate a keyslot")
     if wanted.old_secret is not None:
         raise OptionError("'old-secret' must not be given when activating keyslots")
     iter_time = ITER_TIME if wanted.iter_time is None else wanted.iter_time
-    free = [index for index, slot in enumerate(header.slots) if not slot.in_use]
+    taken = header.slots_taken()
+    free = [index for index in range(header.slot_count) if index not in taken]
     target = wanted.keyslot
     if target is None:
         if not free:
@@ -73,7 +87,7 @@ def _activate(header: Luks1, area: Area, wanted: SlotChange, unlock: Callable[[]
         header.erase_slot(area, spare)
 
 
-def _erase(header: Luks1, area: Area, wanted: SlotChange, force: bool) -> None:
+def _erase(header: KeySlots, area: Area, wanted: SlotChange, force: bool) -> None:
     if wanted.new_secret is not None:
         raise OptionError("'new-secret' must not be given when erasing keyslots")
     if wanted.iter_time is not None:
@@ -89,12 +103,12 @@ def _erase(header: Luks1, area: Area, wanted: SlotChange, force: bool) -> None:
         )
 
 
-def _erase_one(header: Luks1, area: Area, index: int, old_secret: bytes | None, force: bool) -> None:
+def _erase_one(header: KeySlots, area: Area, index: int, old_secret: bytes | None, force: bool) -> None:
     if old_secret is not None and not _opens(header, area, index, old_secret, Budget(area.path)):
         raise ImageError(f"Given keyslot {index} doesn't contain the given old password for erase operation")
-    if not header.slots[index].in_use and not force:
+    if index not in header.slots_taken() and not force:
         raise ImageError(f"Given keyslot {index} is already erased (inactive) ")
-    if _in_use(header) == [index] and not force:
+    if header.slots_that_open() == [index] and not force:
         raise ImageError(
             f"Attempt to erase the only active keyslot {index} which will erase all the data in the image irreversibly "
             "- refusing operation"
@@ -102,12 +116,12 @@ def _erase_one(header: Luks1, area: Area, index: int, old_secret: bytes | None, 
     header.erase_slot(area, index)
 
 
-def _erase_matching(header: Luks1, area: Area, old_secret: bytes, force: bool) -> None:
+def _erase_matching(header: KeySlots, area: Area, old_secret: bytes, force: bool) -> None:
     budget = Budget(area.path)
-    matching = [index for index in _in_use(header) if _opens(header, area, index, old_secret, budget)]
+    matching = [index for index in header.slots_taken() if _opens(header, area, index, old_secret, budget)]
     if not matching:
         raise ImageError("No keyslots match given (old) password for erase operation")
-    if matching == _in_use(header) and not force:
+    if not set(header.slots_that_open()) - set(matching) and not force:
         raise ImageError(
             "All the active keyslots match the (old) password that was given and erasing them will erase all the data "
             "in the image irreversibly - refusing operation"
@@ -116,9 +130,5 @@ def _erase_matching(header: Luks1, area: Area, old_secret: bytes, force: bool) -
         header.erase_slot(area, index)
 
 
-def _in_use(header: Luks1) -> list[int]:
-    return [index for index, slot in enumerate(header.slots) if slot.in_use]
-
-
-def _opens(header: Luks1, area: Area, index: int, secret: bytes, budget: Budget) -> bool:
-    return header.slots[index].in_use and header.try_slot(area, index, secret, budget) is not None
+def _opens(header: KeySlots, area: Area, index: int, secret: bytes, budget: Budget) -> bool:
+    return index in header.slots_taken() and header.try_slot(area, index, secret, budget) is not None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from diskwright.core.chunkmap import inflate, unpack
-from diskwright.errors import UnsupportedFeature
+from diskwright.formats.dmg.packing import lzfse_library
 from diskwright.units import MiB
 
 Unpack = Callable[[memoryview, int], bytes]
@@ -61,7 +61,7 @@ def unxz(raw: memoryview, size: int) -> bytes:
 
 def unlzfse(raw: memoryview, size: int) -> bytes:
     """By a library, which takes no limit: so the lengths the stream's own blocks tell are added up before."""
-    decompress = _lzfse()
+    decompress = lzfse_library("decompress", "The image has LZFSE chunks, and no library for them is installed")
     told = _lzfse_size(raw)
     if told != size:
         raise ValueError(f"its blocks make up {told} bytes")
@@ -87,19 +87,6 @@ def _lzfse_size(raw: memoryview) -> int:
             raise ValueError(f"a block of it begins with {magic!r}")
         total += length
     raise ValueError(f"it has more than {_MOST_BLOCKS} blocks")
-
-
-def _lzfse() -> Any:
-    try:
-        from lzfse import decompress
-    except ImportError:
-        try:
-            from liblzfse import decompress
-        except ImportError:
-            raise UnsupportedFeature(
-                "The image has LZFSE chunks, and no library for them is installed: pip install lzfse"
-            ) from None
-    return decompress
 
 
 CODECS: Final[dict[int, Unpack]] = {

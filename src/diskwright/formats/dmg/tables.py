@@ -21,14 +21,19 @@ if TYPE_CHECKING:
     from diskwright.core.node import Node
 
 TRAILER: Final = 512
-MAX_LIST: Final = 16 * MiB
+MAX_LIST: Final = 80 * MiB
 """Bytes of the property list, or of the resource fork."""
 MAX_ELEMENTS: Final = 500_000
 """Tags of the property list: each becomes an object."""
 MAX_SECTORS: Final = 1 << 54
 """8 EiB, the largest offset there is."""
 
-_ZERO, _RAW, _IGNORE, _COMMENT, _END = 0, 1, 2, 0x7FFFFFFE, 0xFFFFFFFF
+MAX_WRITTEN: Final = 1 << 20
+"""Chunks of images that are made here: their property list stays within ``MAX_LIST``."""
+
+IGNORE: Final = 2
+_ZERO, _RAW, _COMMENT, _END = 0, 1, 0x7FFFFFFE, 0xFFFFFFFF
+_CRC32: Final = 2
 _CHUNK: Final = struct.Struct(">IIQQQQ")
 _MISH: Final = 204
 
@@ -41,11 +46,33 @@ class Trailer:
     """The trailer's fields, in bytes."""
 
     data_offset: int
+    data_length: int
     fork_offset: int
     fork_length: int
     list_offset: int
     list_length: int
     disk_size: int
+    fork: int | None
+    """The CRC-32 that the data fork should have, when it tells one."""
+    master: int | None
+    """That of the tables' checksums."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of chunks, without the empty ones."""
+
+    chunks: list[Chunk]
+    checksum: int | None
+    """The CRC-32 that its data should have, when it tells one."""
+    comment: bytes
+    """What is said beside its first chunk, when that is a comment: four bytes."""
+
+
+def _checksum(raw: bytes, at: int) -> int | None:
+    """The CRC-32 of a field for a checksum of any kind: its kind, its length in bits, and 128 bytes of room."""
+    kind, bits, value = struct.unpack_from(">III", raw, at)
+    return int(value) if kind == _CRC32 and bits == 32 else None
 
 
 def read_trailer(file: Node) -> Trailer:
@@ -59,7 +86,7 @@ def read_trailer(file: Node) -> Trailer:
     if at < 0:
         raise CorruptImage(path, "trailer", "missing", None, "no 'koly' at its end; perhaps it is a raw image")
     raw, start = raw[at:], start + at
-    (data_offset,) = struct.unpack_from(">Q", raw, 24)
+    data = struct.unpack_from(">QQ", raw, 24)
     fork = struct.unpack_from(">QQ", raw, 40)
     segments = struct.unpack_from(">II", raw, 56)
     plist = struct.unpack_from(">QQ", raw, 216)
@@ -75,18 +102,30 @@ def read_trailer(file: Node) -> Trailer:
             raise CorruptImage(
                 path, name, f"{length} bytes at {offset:#x}", start + field, "it reaches into the trailer"
             )
-    return Trailer(data_offset, fork[0], fork[1], plist[0], plist[1], sectors * SECTOR)
+    return Trailer(
+        data[0],
+        data[1],
+        fork[0],
+        fork[1],
+        plist[0],
+        plist[1],
+        sectors * SECTOR,
+        _checksum(raw, 80),
+        _checksum(raw, 352),
+    )
 
 
-def read_chunks(file: Node, trailer: Trailer) -> Iterator[Chunk]:
-    """All chunks but empty ones, as they come. Raises as ``read_trailer``."""
+def read_tables(file: Node, trailer: Trailer) -> Iterator[Table]:
+    """All tables, as they come. Raises as ``read_trailer``."""
     count = 0
     for table in _tables(file, trailer):
         entries = _checked(file, table)
         count += entries
         if count > MAX_CHUNKS:
             raise LimitExceeded(f"{file.filename}: has more than {MAX_CHUNKS} chunks")
-        yield from _chunks(file, trailer, table, entries)
+        kind, comment = struct.unpack_from(">I4s", table, _MISH) if entries else (0, b"")
+        chunks = list(_chunks(file, trailer, table, entries))
+        yield Table(chunks, _checksum(table, 64), comment if kind == _COMMENT else b"")
 
 
 def _tables(file: Node, trailer: Trailer) -> Iterator[bytes]:
@@ -166,7 +205,7 @@ def _chunks(file: Node, trailer: Trailer, table: bytes, entries: int) -> Iterato
         what = f"chunk of guest offset {start:#x}"
         if first + sector + count >= MAX_SECTORS:
             raise CorruptImage(file.filename, what, f"{count} sectors", None, "no disk is that large")
-        if kind in (_ZERO, _IGNORE):
+        if kind in (_ZERO, IGNORE):
             yield start, length, ZERO, -1, 0, kind
             continue
         check_stored(file, what, base + place, stored, packed=kind != _RAW)

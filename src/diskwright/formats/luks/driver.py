@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
+from diskwright.core.cipher_options import PBKDFS
 from diskwright.core.ciphered import Locked
 from diskwright.core.driver import (
     CheckReport,
@@ -18,7 +19,7 @@ from diskwright.core.driver import (
 )
 from diskwright.core.node import Node
 from diskwright.core.secrets import Secret, Secrets, bind
-from diskwright.errors import CorruptImage, LimitExceeded, OptionError, UnsupportedFeature
+from diskwright.errors import CorruptImage, LimitExceeded, OptionError
 from diskwright.extents import DATA, Extent, Extents
 from diskwright.formats.luks.options import LuksAmendOptions, LuksCreateOptions, LuksOptions
 from diskwright.units import MAX_DISK_SIZE, SECTOR, align_down, align_up
@@ -32,7 +33,7 @@ MAGIC: Final = b"LUKS\xba\xbe"
 
 
 class Luks(Format):
-    """A LUKS volume, version 1 or 2; made and amended in version 1.
+    """A LUKS volume, version 1 or 2.
 
     The header may lie in a file of its own, the child ``header``; then ``file`` holds the payload.
     """
@@ -124,13 +125,22 @@ class Luks(Format):
         if options.iter_time < 1:
             raise OptionError("iter-time must be larger than zero")
         passphrase = options.key_secret.reveal()
-        header = _planned(options)
-        size, start = align_up(options.size, SECTOR), header.payload_start
+        header, start, unit = _planned(options)
+        size = align_up(options.size, unit)
         if size > MAX_DISK_SIZE - start:
             raise LimitExceeded(f"The image size is too large: with its header it would exceed {MAX_DISK_SIZE} bytes")
         length = start if options.detached_header else start + size
         file.resize(length, preallocation="off" if options.detached_header else options.preallocation)
-        header.make(_area(file), passphrase, options.iter_time, detached=options.detached_header)
+        area, detached = _area(file), options.detached_header
+        if options.luks_version == "1":
+            header.make(area, passphrase, options.iter_time, detached=detached)
+            return
+        from diskwright.codecs.luks.luks2_write import encryption_of, make
+
+        make(
+            encryption_of(header, unit), header.key_bytes, options.hash_alg, area, passphrase,
+            pbkdf=options.pbkdf or PBKDFS[0], iter_time=options.iter_time, sector_size=unit, detached=detached,
+        )  # fmt: skip
 
     @classmethod
     def measure(cls, options: LuksCreateOptions, source: MeasuredSource | None) -> Measurement:
@@ -138,7 +148,10 @@ class Luks(Format):
         if options.key_secret is None:
             raise OptionError("Parameter 'key-secret' is required for cipher")
         options.key_secret.reveal()
-        length = _planned(options).payload_start + (0 if options.detached_header else options.size)
+        _, start, unit = _planned(options)
+        # qemu-img, whose figures these are for version 1, does not round up to whole sectors.
+        size = options.size if options.luks_version == "1" else align_up(options.size, unit)
+        length = start + (0 if options.detached_header else size)
         return Measurement(length, length)
 
     def resize(self, size: int, *, preallocation: str = "off", conceal: Callable[[], None] | None = None) -> None:
@@ -158,18 +171,34 @@ class Luks(Format):
         progress: Progress | None = None,
     ) -> None:
         """Adds or erases passphrases; see ``codecs.luks.slots``."""
-        from diskwright.codecs.luks import Luks1
-        from diskwright.codecs.luks.slots import SlotChange, change
+        from diskwright.codecs.luks.slots import KeySlots, SlotChange, change
 
         wanted = bind(options, self._secrets)
-        if not isinstance(self.header, Luks1):
-            raise UnsupportedFeature(f"{self.children[0].filename}: key slots of LUKS2 cannot be changed here")
+        slots: KeySlots
+        if self.header.version == 1:
+            slots = self.header
+        else:
+            from diskwright.codecs.luks.luks2_write import Luks2Slots
+
+            slots = Luks2Slots(self.header)
         new, old = _reveal(wanted.new_secret), _reveal(wanted.old_secret)
-        slots = SlotChange(wanted.state, new, old, wanted.keyslot, wanted.iter_time)
-        change(self.header, self.area, slots, self._unlock, force=force)
+        asked = SlotChange(wanted.state, new, old, wanted.keyslot, wanted.iter_time)
+        change(slots, self.area, asked, self._unlock, force=force)
 
     def check(self, repair: str) -> CheckReport:
-        raise not_supported("This image format does not support checks")
+        """See ``Format.check``: whether both copies of a LUKS2 header are whole and the same."""
+        header = self.header
+        if header.version == 1:
+            raise not_supported("This image format does not support checks")
+        report = CheckReport(corruptions=len(header.lost))
+        for message in header.lost:
+            report.say(message)
+        if header.lost and repair == "all":
+            from diskwright.codecs.luks.luks2_write import publish
+
+            publish(header, self.area, header.data)
+            report.corruptions_fixed, report.corruptions = report.corruptions, 0
+        return report
 
     def info(self) -> Info:
         from diskwright.codecs.luks.facts import facts
@@ -180,13 +209,25 @@ class Luks(Format):
         return False
 
 
-def _planned(options: LuksCreateOptions) -> Luks1:
-    """The header of a new image. Raises UnsupportedFeature."""
+def _planned(options: LuksCreateOptions) -> tuple[Luks1, int, int]:
+    """The header of a new image (of version 2: one with the same cipher), where the payload begins, and the length of
+    its sectors. Raises UnsupportedFeature, OptionError."""
     from diskwright.codecs.luks import Luks1
 
-    return Luks1.plan(
+    header = Luks1.plan(
         options.cipher_alg, options.cipher_mode, options.ivgen_alg, options.ivgen_hash_alg, options.hash_alg
     )
+    unit = SECTOR if options.sector_size is None else options.sector_size
+    if options.luks_version == "1":
+        if options.pbkdf not in (None, "pbkdf2") or unit != SECTOR:
+            raise OptionError("LUKS version 1 has sectors of 512 bytes, and pbkdf2; luks-version=2 has others")
+        return header, header.payload_start, unit
+    from diskwright.codecs.luks.luks2_write import PAYLOAD, encryption_of
+
+    if unit not in (512, 1024, 2048, 4096):
+        raise OptionError(f"sector-size is {unit}; it must be 512, 1024, 2048 or 4096")
+    encryption_of(header, unit)
+    return header, PAYLOAD, unit
 
 
 def _area(file: Node) -> Area:

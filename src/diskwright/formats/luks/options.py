@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diskwright.core.cipher_options import CIPHERS, HASHES, SlotOptions
+from diskwright.core.cipher_options import CIPHERS, HASHES, PBKDFS, SlotOptions
 from diskwright.core.options import BOOL, INT, SIZE, OneOf, option
 from diskwright.core.secrets import SECRET, Secret
 
@@ -26,6 +26,9 @@ class LuksCreateOptions:
     iter_time: int = option(INT, "time to spend on a passphrase, in milliseconds", default=2000)
     detached_header: bool = option(BOOL, "make a header only, for data in another file", default=False)
     preallocation: str = option(OneOf("off", "falloc", "full"), "how space is taken in advance", default="off")
+    luks_version: str = option(OneOf("1", "2"), "version of the format", default="1")
+    pbkdf: str | None = option(OneOf(*PBKDFS), "version 2: how keys are derived; default: argon2id", default=None)
+    sector_size: int | None = option(SIZE, "version 2: bytes encrypted together; default: 512", default=None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,7 +84,7 @@ class Vmdk(Format):
         """The disk is one extent: who asks the one may as well ask the other."""
         self.data_child = child
         self.in_place = part.in_place  # type: ignore[method-assign]
-        self.compresses = self.only_compressed = part.only_compressed
+        self.compresses = self.packs = self.only_compressed = part.only_compressed
         if child == getattr(part, "child", 0):
             for name in ("extent_at", "extents", "reserve", "zero", "discard", "decode", "encode", "reserve_stored"):
                 setattr(self, name, getattr(part, name))
