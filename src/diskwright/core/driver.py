@@ -89,6 +89,11 @@ class Storage(ABC):
     @abstractmethod
     def open(cls, options: Any, *, writable: bool) -> Self: ...
 
+    def reopened(self, options: Any, *, writable: bool) -> Self:
+        """The same bytes, open for writing or for reading only: a new storage, made with the options of this one, which
+        the caller then closes; or this very one, where it can be both."""
+        return type(self).open(options, writable=writable)
+
     @classmethod
     def create(cls, options: Any) -> None:
         """Makes what ``open`` can then open, of the size ``options.size``. Existing contents are lost."""

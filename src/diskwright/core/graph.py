@@ -212,10 +212,14 @@ class Graph:
             own.setdefault("cache", mode.cache)
         if mode.force_share and "force-share" in known:
             own.setdefault("force-share", True)
-        storage = cls.open(opts.parse(cls.options, own, owner=cls.name), writable=mode.writable)
+        parsed: Any = opts.parse(cls.options, own, owner=cls.name)
+        storage = cls.open(parsed, writable=mode.writable)
         with _closed_on_error(storage):
             storage.set_access(mode.child_access())
-            return self._add(StorageNode(self._name(options), storage, mode.writable), made)
+            node = StorageNode(self._name(options), storage, mode.writable)
+            node.reopened = lambda writable: node.storage.reopened(parsed, writable=writable)
+            node.access_when = lambda writable: replace(mode, writable=writable).child_access()
+            return self._add(node, made)
 
     def _open_filter(
         self, cls: type[Filter], options: dict[str, object], mode: Mode, made: _Made, above: tuple[str, ...]
@@ -279,9 +283,13 @@ class Graph:
         own = _own(options)
         if "pass-discard-request" in {info.name for info in opts.describe(cls.options)}:
             own.setdefault("pass-discard-request", _write_policy(options)[0])
-        form = cls.open(context, bind(opts.parse(cls.options, own, owner=cls.name), self.secrets))
+        parsed: Any = bind(opts.parse(cls.options, own, owner=cls.name), self.secrets)
+        form = cls.open(context, parsed)
         with _closed_on_error(form):
             node = _format_node(self._name(options), form, mode.writable)
+            node.reopened = lambda writable: cls.open(
+                replace(context, writable=writable, open_reference=opener.again), parsed
+            )
             self._add(node, made)
         for child in form.children:
             self._hold(child)
@@ -331,7 +339,7 @@ class Graph:
 
     def _reference_opener(
         self, file: Node, given: dict[str, object], mode: Mode, made: _Made, above: tuple[str, ...]
-    ) -> Any:
+    ) -> _References:
         below = replace(mode, bytes=True)
 
         def open_reference(role: str, filename: str, driver: str | None) -> Node:
@@ -344,7 +352,7 @@ class Graph:
             self.gate.admit(name, named_by=file.filename, role=role)
             return self._whole(made, lambda: self._open_options(driver, {"filename": name}, below, made, above))
 
-        return open_reference
+        return _References(open_reference)
 
     # -- nodes -----------------------------------------------------------------------------------
 
@@ -397,6 +405,14 @@ class Graph:
             raise GraphError(f"Cannot replace '{old.name}' ({old.size} bytes) by '{new.name}' ({new.size} bytes)")
         with self.drained(), self._lock:
             self._redirect(old, new, skip=new)
+
+    def set_writable(self, node: Node, writable: bool) -> list[Node]:
+        """Opens ``node``'s image, not its backing files, for writing, or for reading only, as the same node. Returns
+        the nodes that changed. Drains meanwhile. See ``core.reopen`` for the errors."""
+        from diskwright.core.reopen import set_writable
+
+        with self.drained(), self._lock:
+            return set_writable(node, writable)
 
     def set_backing(self, node: Node, backing: Node | None) -> None:
         """``node`` reads from ``backing`` where it has nothing itself. Drains meanwhile; what the image's header says
@@ -506,6 +522,12 @@ class Graph:
             combine([*others, access])
             self._uses.append((user, node, access))
 
+    def is_written(self, node: Node) -> bool:
+        """Whether somebody may write to ``node``, be it through filters."""
+        with self._lock:
+            root = below_filters(node)
+            return any(access.needs & WRITE for _, used, access in self._uses if below_filters(used) is root)
+
     def hold_exclusively(self, node: Node) -> None:
         """Keeps everybody else from the files of ``node`` (backing files not among them), readers too, until it is
         closed: for changes that one who reads could not follow. Raises ImageLocked."""
@@ -581,6 +603,25 @@ class Graph:
                             errors.append(error)
         if errors:
             raise errors[0]
+
+
+class _References:
+    """Opens the files an image names, and knows them when the image is opened again."""
+
+    def __init__(self, opener: Callable[[str, str, str | None], Node]) -> None:
+        self._opener = opener
+        self._known: dict[str, Node] = {}
+
+    def __call__(self, role: str, filename: str, driver: str | None) -> Node:
+        node = self._known[role] = self._opener(role, filename, driver)
+        return node
+
+    def again(self, role: str, filename: str, driver: str | None) -> Node:
+        """The node of that role; GraphError when the image named no such file before."""
+        try:
+            return self._known[role]
+        except KeyError:
+            raise GraphError(f"'{filename}', which was not named before, is named as '{role}'") from None
 
 
 class _Made(list["Node"]):

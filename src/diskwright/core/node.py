@@ -32,6 +32,7 @@ from diskwright.core.driver import (
     Storage,
     not_supported,
 )
+from diskwright.core.permissions import Access
 from diskwright.errors import GraphError
 from diskwright.extents import DATA, SPECIAL, UNALLOCATED, ZERO, Extent, Extents
 from diskwright.units import MiB
@@ -257,6 +258,10 @@ class StorageNode(Node):
     def __init__(self, name: str, storage: Storage, writable: bool) -> None:
         super().__init__(name, storage.name, storage.filename, writable)
         self.storage = storage
+        self.reopened: Callable[[bool], Storage] | None = None
+        """Opens the same bytes anew, for writing or not; see ``core.reopen``. None: it was made outside a graph."""
+        self.access_when: Callable[[bool], Access] | None = None
+        """What its locks then say."""
         # Reading is the hottest path there is and this node adds nothing to it.
         self.readv = storage.readv  # type: ignore[method-assign]
 
@@ -320,12 +325,18 @@ class FormatNode(Node):
     def __init__(self, name: str, format: Format, writable: bool) -> None:
         super().__init__(name, format.name, format.children[0].filename, writable)
         self.format = format
+        self.reopened: Callable[[bool], Format] | None = None
+        """Opens the image anew over the children it has, for writing or not; see ``core.reopen``."""
         self._announce = format.children[0].event  # the file of a format is not exchanged while it is open
         if format.linear is not None:
             self.event = self._announce
         if writable and format.bitmap_store is not None:
             # Who writes has to record it. Who only reads loads them when they are asked for (core.bitmaps).
             self.bitmaps = tuple(format.bitmap_store.load())
+
+    def exchange(self, format: Format) -> None:
+        """Goes on with ``format``, the same image opened anew. Called with no request in flight."""
+        self.format = format
 
     @property
     def size(self) -> int:

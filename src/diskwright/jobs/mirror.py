@@ -70,6 +70,7 @@ class Mirror(Job):
 
     ``sync``              full: everything; top: what the source's own layer has; none: only what is written from
                           now on
+    ``base``              the target has what only this image of the source's chain, or one below it, has
     ``granularity``       bytes a dirty bit stands for, a power of two from 512 to 64 MiB
     ``buf_size``          bytes in flight at most; 0 for the default
     ``unmap``             zeros need not be allocated in the target
@@ -94,6 +95,7 @@ class Mirror(Job):
         target: Node,
         *,
         sync: Sync = "full",
+        base: Node | None = None,
         granularity: int | None = None,
         buf_size: int = DEFAULT_BUFFER,
         speed: int = 0,
@@ -111,7 +113,7 @@ class Mirror(Job):
         self._policies = {"read": OnError(on_source_error), "write": OnError(on_target_error)}
         self.graph, self.source, self.target = graph, source, target
         self.sync, self.unmap, self.copy_mode = sync, unmap, copy_mode
-        self._new_target = target_is_zero
+        self._new_target, self._base = target_is_zero, base
         self._unit = granularity or DEFAULT_GRANULARITY
         self.bitmap = DirtyBitmap(source.size, self._unit)
         self._untouched: DirtyBitmap | None = None  # granules that still read as zeros in the target
@@ -139,7 +141,7 @@ class Mirror(Job):
     def _make_copier(self, gate: Disk | None) -> Copier:
         return Copier(
             self.source, self.target, self.graph.leases, sparse=0, unmap=self.unmap, gate=gate,
-            target_zero=self._claim_untouched,
+            target_zero=self._claim_untouched, base=self._base,
         )  # fmt: skip
 
     # -- what the job answers ----------------------------------------------------------------------
@@ -195,7 +197,11 @@ class Mirror(Job):
 
     def _begin(self) -> None:
         """From here on the bitmap has everything that has to be copied."""
-        zeros = self.sync == "full" and (self._zeros_are_there() or self._retried("write", self._zero_target))
+        zeros = (
+            self.sync == "full"
+            and self._base is None
+            and (self._zeros_are_there() or self._retried("write", self._zero_target))
+        )
         if zeros:
             self._untouched = DirtyBitmap(self.source.size, self._unit)
             self._untouched.set_all()
@@ -260,7 +266,7 @@ class Mirror(Job):
         meanwhile mark what they touch themselves."""
         if self.sync == "none":
             return
-        base = below_filters(self.source).backing if self.sync == "top" else None
+        base = self._base or (below_filters(self.source).backing if self.sync == "top" else None)
         if base is None and not zeros:
             self.bitmap.set_all()
             return

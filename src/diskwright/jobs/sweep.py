@@ -1,0 +1,186 @@
+"""Sweep: a job that deals once with every part of a disk that needs it, in any order, and then is done.
+
+What is left to do is a bitmap. A worker takes a range out of it, works on it, and puts it back when that failed; then
+the policy decides whether the job gives up, stops, or comes back to it later. So a job that is paused, throttled or in
+trouble knows at any moment what is left, and that is all it needs to know.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Final, TypeVar, cast
+
+from diskwright.core.bitmap import DEFAULT_GRANULARITY, DirtyBitmap
+from diskwright.engine.buffers import Buffers
+from diskwright.engine.clock import Clocks
+from diskwright.engine.copy import CHUNK, WORKERS, Copier, ReadFailed, run_plan
+from diskwright.engine.policy import Action, OnError
+from diskwright.errors import DiskwrightError, JobError
+from diskwright.extents import WINDOW, windows
+from diskwright.jobs.inflight import InFlight
+from diskwright.jobs.job import EventSink, Job
+from diskwright.units import align_down, align_up
+
+T = TypeVar("T")
+
+RETRY: Final = 0.2
+"""Seconds before what failed is tried again, when the failure is to be ignored."""
+
+
+class Sweep(Job):
+    """``todo`` and ``in_flight`` say what is left. A subclass gives ``marks`` and a ``Copier``.
+
+    ``size``        of the disk in bytes
+    ``policies``    by operation, ``read`` and ``write``
+    """
+
+    def __init__(
+        self,
+        id: str,
+        size: int,
+        policies: dict[str, OnError],
+        *,
+        granularity: int = DEFAULT_GRANULARITY,
+        workers: int = WORKERS,
+        chunk: int = CHUNK,
+        speed: int = 0,
+        auto_finalize: bool = True,
+        auto_dismiss: bool = True,
+        on_event: EventSink | None = None,
+    ) -> None:
+        self.size = size
+        self.todo = DirtyBitmap(size, granularity)
+        self.in_flight = InFlight()
+        self.clocks = Clocks()
+        self._policies = policies
+        self._unit, self._chunk, self._workers = granularity, max(chunk, granularity), workers
+        self._buffers = Buffers(self._chunk, self._workers)
+        self._cursor = 0
+        self._looked = 0  # bytes of the disk of which it is known whether they need anything
+        self._failures = 0
+        super().__init__(id, speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss, on_event=on_event)
+
+    @abstractmethod
+    def marks(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """``(offset, length)`` of what in a range, at most ``extents.WINDOW`` long, needs something done."""
+
+    def progress(self) -> tuple[int, int]:
+        """Bytes that are done, or need nothing; and the disk's size."""
+        with self.in_flight.changed:
+            return self._looked - self.todo.dirty_bytes - self.in_flight.bytes, self.size
+
+    # -- the work ------------------------------------------------------------------------------------
+
+    def sweep(self, copier: Copier) -> None:
+        """Looks over the whole disk, and deals with everything there is to be done. Raises what made the job fail."""
+        for start, step in windows(0, self.size, WINDOW):
+            self.pause_point()
+            found = self.retried("read", lambda: self.marks(start, step))  # noqa: B023 - called at once
+            with self.in_flight.changed:
+                for offset, length in found:
+                    self.todo.mark(offset, length)
+                self._looked = start + step
+            self.work_off(copier)
+
+    def work_off(self, copier: Copier) -> None:
+        """Deals with all that is marked."""
+        while self.todo.granules:
+            self.pause_point()
+            failures = self._failures
+            self._run(copier)
+            if self._failures != failures:
+                self._take_a_break()
+
+    def _take_a_break(self) -> None:
+        with self._cond:
+            self._cond.wait_for(lambda: self.should_pause, RETRY)
+
+    def retried(self, operation: str, step: Callable[[], T]) -> T:
+        """The result of ``step``, which is tried again for as long as the policy wants it."""
+        while True:
+            try:
+                return step()
+            except JobError:
+                raise
+            except (OSError, DiskwrightError) as error:
+                if self.handle_error(error, operation, self._policies[operation]) is Action.REPORT:
+                    raise
+                self._take_a_break()
+                self.pause_point()
+
+    def _run(self, copier: Copier) -> None:
+        few = self.todo.count <= 2 * self._chunk
+        try:
+            run_plan(
+                copier, self._plan(), workers=1 if few else self._workers, rate=self.rate,
+                stop=lambda: self.should_pause, done=self._done, failed=self._failed, clocks=self.clocks,
+                buffers=self._buffers,
+            )  # fmt: skip
+        finally:
+            # An error ends the run in the middle of batches. What is left of them must keep nobody waiting.
+            with self.in_flight.changed:
+                for start, end in self.in_flight.copies():
+                    self._give_back(start, end - start)
+
+    def _plan(self) -> Iterator[tuple[int, int]]:
+        while True:
+            with self.in_flight.changed:
+                taken = self._take()
+            if taken is None:
+                return
+            yield taken
+
+    def _take(self) -> tuple[int, int] | None:
+        """The next range that is marked and overlaps nothing in flight; in_flight's lock is held."""
+        longest, unit = self._chunk, self._unit
+        while True:
+            run = None
+            if self._cursor < self.size:
+                run = self.todo.next_dirty(self._cursor, max(unit, self.rate.limit(longest)))
+            if run is None:
+                self._cursor = 0
+                return None
+            offset, length = run
+            busy = self.in_flight.busy_end(offset, offset + unit)
+            if busy:
+                self._cursor = align_up(busy, unit)  # it stays marked, for the next time round
+                continue
+            end = min(offset + length, align_down(offset, longest) + longest)
+            end = self.in_flight.free_until(offset, end)
+            self.todo.clear(offset, end - offset)
+            self.in_flight.add(offset, end)
+            self._cursor = end
+            return offset, end - offset
+
+    def _done(self, offset: int, length: int) -> None:
+        with self.in_flight.changed:
+            self.in_flight.remove(offset, offset + length)
+
+    def _give_back(self, offset: int, length: int) -> None:
+        """A range that was taken is to be done after all; in_flight's lock is held."""
+        self.todo.mark(offset, length)
+        self.in_flight.remove(offset, offset + length)
+
+    def _failed(self, offset: int, length: int, error: Exception) -> None:
+        """What a worker could not do is to be done again; then the policy decides."""
+        with self.in_flight.changed:
+            self._give_back(offset, length)
+        cause = cast(Exception, error.__cause__)
+        operation = "read" if isinstance(error, ReadFailed) else "write"
+        self._failures += 1
+        if self.handle_error(cause, operation, self._policies[operation]) is Action.REPORT:
+            raise cause
+
+    def flush(self, step: Callable[[], None]) -> None:
+        """``step``, which makes something durable, as often as the policy says. A failed flush means lost data, so it
+        is never just ignored."""
+        policy = self._policies["write"]
+        policy = OnError.REPORT if policy is OnError.IGNORE else policy
+        while True:
+            self.pause_point()
+            try:
+                return step()
+            except (OSError, DiskwrightError) as error:
+                if self.handle_error(error, "write", policy) is Action.REPORT:
+                    raise
