@@ -28,7 +28,8 @@ class Chain:
     def __init__(
         self, folder: Path, sizes: list[int], *, seed: int = 1, raw_base: bool = False, **options: Any
     ) -> None:
-        self.folder, self.options = folder, options
+        # With large clusters each image would soon have something in every one of them.
+        self.folder, self.options = folder, {"cluster_size": BLOCK, **options}
         self.names = [str(folder / f"{i}.{'raw' if raw_base and not i else 'qcow2'}") for i in range(len(sizes))]
         self.models: list[bytes] = []
         chance = random.Random(seed)

@@ -98,9 +98,10 @@ def test_errors_as_the_policy_says(tmp_path: Path, where: str, policy: str) -> N
     number = errno.ENOSPC if policy == "enospc" else errno.EIO
     with chain_of(tmp_path, SAME) as c:
         job = commit(c, 2, 0, on_error=policy, auto_dismiss=False)
-        # Any data will do; a header's or a table's failure is the same to the job.
-        fault = Fault(where, number, offset=256 * KiB if where != "flush" else 0)
-        undo = inject(c.node(2) if where == "read" else c.node(0), fault)
+        # Behind the first tables and before the last: data.
+        fault = Fault(where, number, **({"offset": 100 * KiB, "end": 200 * KiB} if where == "read" else {}))
+        inject(c.node(0), fault if where != "read" else lambda *request: None)
+        undo = inject(c.node(2), fault) if where == "read" else lambda: None
         job.start()
         stops = policy in ("stop", "enospc")
         if stops:

@@ -179,6 +179,10 @@ class Node(ABC):
             else:
                 self._writev([(offset, buffer)])
 
+    def write_zeros_unchanged(self, offset: int, length: int) -> None:
+        """The same for a range that reads as zeros already."""
+        self._write_zeros(offset, length, True, False)
+
     def write_zeros(self, offset: int, length: int, *, unmap: bool = False, fast: bool = False) -> None:
         """Makes the whole range read as zeros. ``unmap`` lets space be given back; ``fast`` raises ENOTSUP
         rather than write zeros out."""

@@ -193,6 +193,7 @@ class Commit(Sweep):
         self._backing_file = backing_file
         images = list(chain(self.top))
         passed = images[: images.index(self.base)] if self.base in images else images
+        self._below = passed[-1].backing  # the base, with filters over it if there are any
         self._overlays = _overlays(graph, self.top)
         with ExitStack() as undo:
             self._held = _Base(graph, self, self.top, self.base, passed)
@@ -200,7 +201,7 @@ class Commit(Sweep):
             for overlay in self._overlays:
                 self._held.reopen(overlay)
             self._gate = graph.disk(self.base, WRITER)
-            undo.callback(_closed, self._gate.close)
+            undo.callback(closed, self._gate.close)
             super().__init__(
                 id, self.top.size, {"read": policy, "write": policy}, granularity=self._granule(),
                 speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss, on_event=on_event,
@@ -234,10 +235,10 @@ class Commit(Sweep):
                 if name is None:
                     name = name_seen_from(overlay, self.base)
                 format_of(overlay).change_backing(name, self.base.driver_name)
-                self.graph.set_backing(overlay, self.base)
+                self.graph.set_backing(overlay, self._below)
 
     def clean(self) -> None:
-        _closed(self._gate.close)
+        closed(self._gate.close)
         with self.quiet():
             self._held.close()
 
@@ -281,7 +282,7 @@ class ActiveCommit(Mirror):
                 auto_finalize=auto_finalize, auto_dismiss=auto_dismiss, on_event=on_event, at_end=at_end,
             )  # fmt: skip
         except BaseException:
-            _closed(self._held.close)
+            closed(self._held.close)
             raise
 
     def clean(self) -> None:
@@ -308,7 +309,7 @@ def _overlays(graph: Graph, image: Node) -> list[Node]:
     ]
 
 
-def _closed(close: Callable[[], None]) -> None:
+def closed(close: Callable[[], None]) -> None:
     """What had to be durable has been flushed, and told: whether the flush of a close works is no matter."""
     with suppress(OSError, DiskwrightError):
         close()

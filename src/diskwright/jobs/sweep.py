@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Final, TypeVar, cast
+from typing import ClassVar, Final, TypeVar, cast
 
 from diskwright.core.bitmap import DEFAULT_GRANULARITY, DirtyBitmap
 from diskwright.engine.buffers import Buffers
@@ -24,6 +24,8 @@ from diskwright.units import align_down, align_up
 
 T = TypeVar("T")
 
+IDLE: Final = 0.05
+"""Seconds between looks at what is held by others."""
 RETRY: Final = 0.2
 """Seconds before what failed is tried again, when the failure is to be ignored."""
 
@@ -34,6 +36,10 @@ class Sweep(Job):
     ``size``        of the disk in bytes
     ``policies``    by operation, ``read`` and ``write``
     """
+
+    skips_errors: ClassVar[bool] = False
+    """Whether an error that is to be ignored is one more part that is not done, rather than tried again: then the job
+    fails at its end, with the first such error, ``skipped``."""
 
     def __init__(
         self,
@@ -58,7 +64,8 @@ class Sweep(Job):
         self._buffers = Buffers(self._chunk, self._workers)
         self._cursor = 0
         self._looked = 0  # bytes of the disk of which it is known whether they need anything
-        self._failures = 0
+        self._failures = self._taken = 0
+        self.skipped: Exception | None = None
         super().__init__(id, speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss, on_event=on_event)
 
     @abstractmethod
@@ -76,7 +83,7 @@ class Sweep(Job):
         """Looks over the whole disk, and deals with everything there is to be done. Raises what made the job fail."""
         for start, step in windows(0, self.size, WINDOW):
             self.pause_point()
-            found = self.retried("read", lambda: self.marks(start, step))  # noqa: B023 - called at once
+            found = self.retried("read", lambda: self.marks(start, step)) or []  # noqa: B023 - called at once
             with self.in_flight.changed:
                 for offset, length in found:
                     self.todo.mark(offset, length)
@@ -87,25 +94,32 @@ class Sweep(Job):
         """Deals with all that is marked."""
         while self.todo.granules:
             self.pause_point()
-            failures = self._failures
+            failures, self._taken = self._failures, 0
             self._run(copier)
             if self._failures != failures:
                 self._take_a_break()
+            elif not self._taken:
+                with self.in_flight.changed:  # all that is left is being written to
+                    self.in_flight.changed.wait(IDLE)
 
     def _take_a_break(self) -> None:
         with self._cond:
             self._cond.wait_for(lambda: self.should_pause, RETRY)
 
-    def retried(self, operation: str, step: Callable[[], T]) -> T:
-        """The result of ``step``, which is tried again for as long as the policy wants it."""
+    def retried(self, operation: str, step: Callable[[], T]) -> T | None:
+        """The result of ``step``, which is tried again for as long as the policy wants it; None when it is skipped."""
         while True:
             try:
                 return step()
             except JobError:
                 raise
             except (OSError, DiskwrightError) as error:
-                if self.handle_error(error, operation, self._policies[operation]) is Action.REPORT:
+                chosen = self.handle_error(error, operation, self._policies[operation])
+                if chosen is Action.REPORT:
                     raise
+                if chosen is Action.IGNORE and self.skips_errors:
+                    self.skipped = self.skipped or error
+                    return None
                 self._take_a_break()
                 self.pause_point()
 
@@ -151,6 +165,7 @@ class Sweep(Job):
             self.todo.clear(offset, end - offset)
             self.in_flight.add(offset, end)
             self._cursor = end
+            self._taken += 1
             return offset, end - offset
 
     def _done(self, offset: int, length: int) -> None:
@@ -164,12 +179,17 @@ class Sweep(Job):
 
     def _failed(self, offset: int, length: int, error: Exception) -> None:
         """What a worker could not do is to be done again; then the policy decides."""
-        with self.in_flight.changed:
-            self._give_back(offset, length)
         cause = cast(Exception, error.__cause__)
         operation = "read" if isinstance(error, ReadFailed) else "write"
-        self._failures += 1
-        if self.handle_error(cause, operation, self._policies[operation]) is Action.REPORT:
+        chosen = self.handle_error(cause, operation, self._policies[operation])
+        with self.in_flight.changed:
+            if chosen is Action.IGNORE and self.skips_errors:
+                self.skipped = self.skipped or cause
+                self.in_flight.remove(offset, offset + length)
+            else:
+                self._failures += 1
+                self._give_back(offset, length)
+        if chosen is Action.REPORT:
             raise cause
 
     def flush(self, step: Callable[[], None]) -> None:
