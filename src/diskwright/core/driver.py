@@ -304,6 +304,8 @@ class OpenContext:
     """What the user has defined beside nodes, by id: throttle groups."""
     draining: Draining = field(default_factory=Draining)
     """Whether somebody waits for requests in flight to end: those held back on purpose should not wait then."""
+    find_node: Callable[[str], Node] | None = None
+    """The open node of a name. Raises GraphError."""
 
 
 class BitmapStore(ABC):
@@ -567,6 +569,11 @@ class Filter(ABC):
     roles: ClassVar[tuple[Role, ...]] = (Role("file"),)
     """Its children; the first is the one it filters."""
 
+    opaque: ClassVar[bool] = False
+    """Whether what the child's map says does not hold for it: it has ``extent_at`` and ``extents`` of its own then."""
+    needs: ClassVar[Mapping[str, Access]] = {}
+    """What it does with its other children and lets others do, by role."""
+
     child: Node
     further: Mapping[str, Node] = {}
     """Its other children, by role."""
@@ -620,6 +627,30 @@ class Filter(ABC):
 
     def look_up(self, offset: int, length: int) -> None:
         """The map of a range is about to be asked of the child. May raise OSError."""
+
+    def extent_at(self, offset: int, length: int) -> Extent:
+        """The first run of the range; see ``Node.extent_at``."""
+        return self.child.extent_at(offset, length)
+
+    def extents(self, offset: int, length: int) -> Extents:
+        """All runs of the range; see ``Node.extents``."""
+        return self.child.extents(offset, length)
+
+    def snapshot_readv(self, segments: Segments) -> None:
+        """Fills every buffer with what the child was when the filter was put over it. Raises ENOTSUP for a filter that
+        knows no such moment; EACCES where that is not known any more."""
+        raise not_supported(f"Filter '{self.name}' keeps no snapshot")
+
+    def snapshot_extents(self, offset: int, length: int) -> Extents:
+        """The runs of a range as of that moment: DATA and ZERO, without places. Errors as ``snapshot_readv``."""
+        raise not_supported(f"Filter '{self.name}' keeps no snapshot")
+
+    def snapshot_discard(self, offset: int, length: int) -> None:
+        """Nobody will read that part of the snapshot any more. Errors as ``snapshot_readv``."""
+        raise not_supported(f"Filter '{self.name}' keeps no snapshot")
+
+    def settle(self) -> None:
+        """Waits until nothing is in flight below it that no user waits for."""
 
     def transparent(self) -> bool:
         """Whether places of the child may be read directly, past ``readv``."""

@@ -243,6 +243,7 @@ class Graph:
             children=children,
             objects=self.objects,
             draining=self.draining,
+            find_node=self.node,
         )
         own: Any = opts.parse(cls.options, _own(opts.flatten(cls.options, options)), owner=cls.name)
         filter = cls.open(context, bind(own, self.secrets))
@@ -257,6 +258,9 @@ class Graph:
 
     def _claim(self, node: FilterNode, filter: Filter, mode: Mode) -> None:
         """Makes known what a filter does with its child beyond what its users do."""
+        for role, access in filter.needs.items():
+            if role in filter.further:
+                self.use(node, filter.further[role], access)
         nothing = Access(0, ALL)
         own = filter.access(nothing)
         if own == nothing:
@@ -381,13 +385,19 @@ class Graph:
         """Puts ``filter`` between its child and every disk and parent that uses the child. Drains meanwhile."""
         with self.drained(), self._lock:
             child = filter.child
-            node = FilterNode(name or self._name({}), filter, child.writable)
+            node = FilterNode(self._name({"node-name": name}), filter, child.writable)
             self._nodes[node.name] = node
             self._owners[node.name] = 0
             for below in node.children().values():
                 self._hold(below)
             self._redirect(child, node, skip=node)
             return node
+
+    def put_over(self, node: FilterNode) -> None:
+        """Puts a filter that is open already between its child and every disk and parent that uses the child. Drains
+        meanwhile."""
+        with self.drained(), self._lock:
+            self._redirect(node.child, node, skip=node)
 
     def remove_filter(self, node: FilterNode) -> None:
         """Takes a filter out: its users go on upon its child. Drains meanwhile."""
@@ -430,11 +440,12 @@ class Graph:
                 self.release(old)
 
     def _redirect(self, old: Node, new: Node, *, skip: Node) -> None:
+        below = _all_below(skip)  # what ``new`` stands on must not come to stand on it
         for disk in self._disks:
             if disk.node is old:
                 disk.switch(new)
         for parent in list(self._nodes.values()):
-            if parent is skip:
+            if parent is skip or parent in below:
                 continue
             if isinstance(parent, FilterNode) and parent.child is old:
                 self._hold(new)
@@ -581,6 +592,9 @@ class Graph:
                 stack.callback(disk.end_drain)
             for disk in disks:
                 disk.await_drained()
+            for node in self.nodes():
+                if isinstance(node, FilterNode):
+                    node.filter.settle()
             yield
 
     def close(self) -> None:
@@ -652,10 +666,22 @@ def _below(error: DiskwrightError, layers: int) -> None:
 _BACKING_FAILED = "Could not open backing file: "
 
 
+def _all_below(node: Node) -> list[Node]:
+    """Everything ``node`` reads through."""
+    found: list[Node] = []
+    waiting = [node]
+    while waiting:
+        for child in waiting.pop().children().values():
+            if child not in found:
+                found.append(child)
+                waiting.append(child)
+    return found
+
+
 def _filters_from(node: Node) -> list[Node]:
     """``node`` and those below it down to the first that is not a filter, which is left out."""
     found = []
-    while isinstance(node, FilterNode):
+    while isinstance(node, FilterNode) and not node.filter.opaque:
         found.append(cast(Node, node))
         node = node.child
     return found

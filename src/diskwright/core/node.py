@@ -734,11 +734,11 @@ class FilterNode(Node):
 
     def extent_at(self, offset: int, length: int) -> Extent:
         self.filter.look_up(offset, length)
-        return self.filter.child.extent_at(offset, length)
+        return self.filter.extent_at(offset, length)
 
     def extents(self, offset: int, length: int) -> Extents:
         self.filter.look_up(offset, length)
-        return self.filter.child.extents(offset, length)
+        return self.filter.extents(offset, length)
 
     def place(self, offset: int, length: int) -> FilePlace | None:
         return self.filter.child.place(offset, length) if self.filter.transparent() else None
@@ -796,15 +796,15 @@ def fill_zeros(part: memoryview) -> None:
 
 
 def below_filters(node: Node) -> Node:
-    """The first node at or below ``node`` that is not a filter."""
-    while isinstance(node, FilterNode):
+    """The first node at or below ``node`` that is not a filter, or one with a map of its own."""
+    while isinstance(node, FilterNode) and not node.filter.opaque:
         node = node.child
     return node
 
 
 def looked_through(node: Node, offset: int, length: int) -> Node:
     """``below_filters``, for asking of the map of a range, which the filters are told."""
-    while isinstance(node, FilterNode):
+    while isinstance(node, FilterNode) and not node.filter.opaque:
         node.filter.look_up(offset, length)
         node = node.child
     return node

@@ -24,6 +24,7 @@ from diskwright.core.bitmap import DEFAULT_GRANULARITY, MIN_GRANULARITY, DirtyBi
 from diskwright.core.disk import Disk
 from diskwright.core.driver import not_supported
 from diskwright.core.graph import Graph
+from diskwright.core.inflight import InFlight
 from diskwright.core.node import FilterNode, FormatNode, Node, below_filters
 from diskwright.core.permissions import ALL, READ, RESIZE, WRITER, Access
 from diskwright.core.status import Status, status
@@ -34,7 +35,6 @@ from diskwright.engine.policy import Action, OnError
 from diskwright.errors import DiskwrightError, GraphError, JobError, OptionError, errno_of
 from diskwright.extents import WINDOW, windows
 from diskwright.jobs.both_sides import BothSides
-from diskwright.jobs.inflight import InFlight
 from diskwright.jobs.job import EventSink, Job
 from diskwright.units import KiB, MiB, align_down, align_up, is_power_of_two
 

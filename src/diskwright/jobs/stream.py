@@ -19,18 +19,18 @@ from diskwright.core.chain import chain, depth_of
 from diskwright.core.disk import Disk
 from diskwright.core.driver import Filter, Segments
 from diskwright.core.graph import Graph
+from diskwright.core.inflight import InFlight
 from diskwright.core.leases import Leases
+from diskwright.core.lookup import Run, lookup
 from diskwright.core.node import FilterNode, FormatNode, Node, below_filters, format_of
 from diskwright.core.permissions import ALL, READ, READER, RESIZE, WRITE_UNCHANGED, Access
 from diskwright.core.status import status
 from diskwright.engine.clock import Clock
 from diskwright.engine.copy import Copier, Range, ReadFailed, WriteFailed
-from diskwright.engine.lookup import Run, lookup
 from diskwright.engine.policy import OnError
 from diskwright.errors import DiskwrightError, GraphError, OptionError
 from diskwright.extents import DATA, UNALLOCATED, ZERO, windows
 from diskwright.jobs.commit import closed, name_seen_from
-from diskwright.jobs.inflight import InFlight
 from diskwright.jobs.job import EventSink
 from diskwright.jobs.sweep import Sweep
 from diskwright.units import MiB, align_down, align_up

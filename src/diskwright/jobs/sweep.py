@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from typing import ClassVar, Final, TypeVar, cast
 
 from diskwright.core.bitmap import DEFAULT_GRANULARITY, DirtyBitmap
+from diskwright.core.inflight import InFlight
 from diskwright.engine.buffers import Buffers
 from diskwright.engine.clock import Clocks
 from diskwright.engine.copy import CHUNK, WORKERS, Copier, ReadFailed, run_plan
 from diskwright.engine.policy import Action, OnError
 from diskwright.errors import DiskwrightError, JobError
 from diskwright.extents import WINDOW, windows
-from diskwright.jobs.inflight import InFlight
 from diskwright.jobs.job import EventSink, Job
 from diskwright.units import align_down, align_up
 
@@ -62,6 +62,7 @@ class Sweep(Job):
         self._policies = policies
         self._unit, self._chunk, self._workers = granularity, max(chunk, granularity), workers
         self._buffers = Buffers(self._chunk, self._workers)
+        self._mine: set[tuple[int, int]] = set()  # those copies in flight that are this job's; one a worker's range
         self._cursor = 0
         self._looked = 0  # bytes of the disk of which it is known whether they need anything
         self._failures = self._taken = 0
@@ -94,6 +95,7 @@ class Sweep(Job):
         """Deals with all that is marked."""
         while self.todo.granules:
             self.pause_point()
+            self.check()
             failures, self._taken = self._failures, 0
             self._run(copier)
             if self._failures != failures:
@@ -101,6 +103,13 @@ class Sweep(Job):
             elif not self._taken:
                 with self.in_flight.changed:  # all that is left is being written to
                     self.in_flight.changed.wait(IDLE)
+
+    def check(self) -> None:
+        """Called now and then; what it raises makes the job fail."""
+
+    def interrupted(self) -> bool:
+        """Whether workers should come back soon."""
+        return self.should_pause
 
     def _take_a_break(self) -> None:
         with self._cond:
@@ -128,13 +137,13 @@ class Sweep(Job):
         try:
             run_plan(
                 copier, self._plan(), workers=1 if few else self._workers, rate=self.rate,
-                stop=lambda: self.should_pause, done=self._done, failed=self._failed, clocks=self.clocks,
+                stop=self.interrupted, done=self._done, failed=self._failed, clocks=self.clocks,
                 buffers=self._buffers,
             )  # fmt: skip
         finally:
             # An error ends the run in the middle of batches. What is left of them must keep nobody waiting.
             with self.in_flight.changed:
-                for start, end in self.in_flight.copies():
+                for start, end in list(self._mine):
                     self._give_back(start, end - start)
 
     def _plan(self) -> Iterator[tuple[int, int]]:
@@ -164,18 +173,24 @@ class Sweep(Job):
             end = self.in_flight.free_until(offset, end)
             self.todo.clear(offset, end - offset)
             self.in_flight.add(offset, end)
+            self._mine.add((offset, end))
             self._cursor = end
             self._taken += 1
             return offset, end - offset
 
     def _done(self, offset: int, length: int) -> None:
         with self.in_flight.changed:
-            self.in_flight.remove(offset, offset + length)
+            self._let_go(offset, length)
+
+    def _let_go(self, offset: int, length: int) -> None:
+        """A range that was taken is no longer in flight; in_flight's lock is held."""
+        self._mine.discard((offset, offset + length))
+        self.in_flight.remove(offset, offset + length)
 
     def _give_back(self, offset: int, length: int) -> None:
         """A range that was taken is to be done after all; in_flight's lock is held."""
         self.todo.mark(offset, length)
-        self.in_flight.remove(offset, offset + length)
+        self._let_go(offset, length)
 
     def _failed(self, offset: int, length: int, error: Exception) -> None:
         """What a worker could not do is to be done again; then the policy decides."""
@@ -185,7 +200,7 @@ class Sweep(Job):
         with self.in_flight.changed:
             if chosen is Action.IGNORE and self.skips_errors:
                 self.skipped = self.skipped or cause
-                self.in_flight.remove(offset, offset + length)
+                self._let_go(offset, length)
             else:
                 self._failures += 1
                 self._give_back(offset, length)
