@@ -546,7 +546,8 @@ def test_pause_and_speed() -> None:
         assert r.target_bytes() == moment
 
 
-def test_a_backup_of_a_disk_that_is_mirrored_and_switched() -> None:
+@pytest.mark.parametrize("early", [False, True])
+def test_a_backup_of_a_disk_that_is_mirrored_and_switched(early: bool) -> None:
     """The backup keeps to its moment while the disk's users go over to a mirror's target."""
     from diskwright.jobs.mirror import Mirror
     from tests.jobs.mirrors import until_ready
@@ -560,8 +561,11 @@ def test_a_backup_of_a_disk_that_is_mirrored_and_switched() -> None:
             until(lambda: writers.writes > 10)
             with r.graph.drained():
                 moment = bytes(r.source_ram.data)
-                job = backup(r, speed=1)
-            job.start()
+                job = backup(r, auto_dismiss=False)
+            if early:
+                job.hold_still()
+                job.start()
+                until(lambda: job.state is State.PAUSED)
             mirror = Mirror("m", r.graph, r.source, new)
             r.jobs.append(mirror)
             mirror.start()
@@ -569,7 +573,10 @@ def test_a_backup_of_a_disk_that_is_mirrored_and_switched() -> None:
             mirror.complete()
             mirror.result(WAIT)
             until(lambda before=writers.writes: writers.writes > before + 10)
-            job.set_speed(0)
+            if early:
+                job.go_on()
+            else:
+                job.start()
             job.result(WAIT)
             until(lambda before=writers.writes: writers.writes > before + 10)
         assert r.target_bytes() == moment

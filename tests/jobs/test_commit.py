@@ -349,7 +349,7 @@ def test_which_images_are_meant(tmp_path: Path) -> None:
             ({"base": "x", "base_node": nodes[2]}, "'base-node' and 'base' are mutually exclusive"),
             ({"top": "nowhere"}, "Top image file nowhere not found"),
             ({"base": "nowhere"}, "Can't find 'nowhere' in the backing chain"),
-            ({"top_node": nodes[0]}, "There is no backimg image"),
+            ({"top_node": nodes[0]}, "cannot commit an image into itself"),
             ({"top_node": nodes[1], "base_node": nodes[2]}, f"'{nodes[2]}' is not in this backing file chain"),
             ({"top_node": nodes[1], "base_node": nodes[1]}, "cannot commit an image into itself"),
             ({"backing_file": "x"}, "'backing-file' specified, but 'top' is the active layer"),

@@ -241,7 +241,7 @@ def test_which_images_are_meant(tmp_path: Path) -> None:
         for words, text in (
             ({"base": "x", "base_node": "y"}, "'base' and 'base-node' cannot be specified at the same time"),
             ({"base": "x", "bottom": "y"}, "'base' and 'bottom' cannot be specified at the same time"),
-            ({"base_node": "x", "bottom": "y"}, "'base-node' and 'bottom' cannot be specified at the same time"),
+            ({"base_node": "x", "bottom": "y"}, "'bottom' and 'base-node' cannot be specified at the same time"),
             ({"base": "nowhere"}, "Can't find 'nowhere' in the backing chain"),
             ({"base_node": nodes[3]}, f"Node '{nodes[3]}' is not a backing image of '{nodes[3]}'"),
             ({"backing_file": "x"}, "backing file specified, but streaming the entire chain"),

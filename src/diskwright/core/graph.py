@@ -45,6 +45,8 @@ from diskwright.units import MAX_CHAIN
 
 Spec = str | Mapping[str, object]
 
+Follower = Callable[[Node], None]
+
 _COMMON = ("driver", "node-name", "read-only", "force-share", "cache", "discard", "detect-zeroes")
 
 MAX_NESTED: Final = 64
@@ -103,6 +105,7 @@ class Graph:
         self._owners: dict[str, int] = {}  # node name -> how many parents, disks and openers hold it
         self._uses: list[tuple[object, Node, Access]] = []
         self._disks: list[Disk] = []
+        self._followers: list[tuple[Follower, Node]] = []
         self._counter = 0
 
     # -- opening ---------------------------------------------------------------------------------
@@ -415,6 +418,21 @@ class Graph:
             raise GraphError(f"Cannot replace '{old.name}' ({old.size} bytes) by '{new.name}' ({new.size} bytes)")
         with self.drained(), self._lock:
             self._redirect(old, new, skip=new)
+            for follow, node in list(self._followers):
+                if node is old:
+                    follow(new)
+            self._followers = [(follow, new if node is old else node) for follow, node in self._followers]
+
+    def follow(self, node: Node, follow: Follower) -> None:
+        """``follow(new)`` is called when the users of ``node`` go on upon another node, which has the same contents:
+        who watches what they write has to watch that one from then on. It is called with nothing in flight, and the
+        follower stays one of ``new``."""
+        with self._lock:
+            self._followers.append((follow, node))
+
+    def unfollow(self, follow: Follower) -> None:
+        with self._lock:
+            self._followers = [item for item in self._followers if item[0] != follow]
 
     def set_writable(self, node: Node, writable: bool) -> list[Node]:
         """Opens ``node``'s image, not its backing files, for writing, or for reading only, as the same node. Returns
@@ -532,6 +550,10 @@ class Graph:
             others = [a for u, n, a in self._uses if below_filters(n) is root and u not in between]
             combine([*others, access])
             self._uses.append((user, node, access))
+
+    def parents(self, node: Node) -> list[Node]:
+        """The nodes that have ``node`` as a child."""
+        return [parent for parent in self.nodes() if node in parent.children().values()]
 
     def is_written(self, node: Node) -> bool:
         """Whether somebody may write to ``node``, be it through filters."""

@@ -63,6 +63,8 @@ def commit_job(
         raise OptionError("'top-node' and 'top' are mutually exclusive")
     if base is not None and base_node is not None:
         raise OptionError("'base-node' and 'base' are mutually exclusive")
+    if graph.parents(device):
+        raise GraphError("Need a root block node")
     upper = _top(graph, device, top, top_node)
     lower = _base(graph, upper, base, base_node)
     options: dict[str, Any] = {
@@ -103,8 +105,6 @@ def _base(graph: Graph, top: Node, name: str | None, node_name: str | None) -> N
         node = images[depth]
     else:
         node = images[-1]
-        if len(images) == 1:
-            raise GraphError("There is no backimg image")
     if node is top:
         raise GraphError("cannot commit an image into itself")
     return node

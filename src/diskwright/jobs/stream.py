@@ -57,7 +57,7 @@ def stream_job(
 ) -> Stream:
     """What QMP's ``block-stream`` makes. ``device`` is the root of a disk, or an image within a chain; ``base`` is a
     file name, ``base_node`` and ``bottom`` names of nodes. Raises GraphError and OptionError with QEMU's texts."""
-    for one, other in (("base", "base-node"), ("base", "bottom"), ("base-node", "bottom")):
+    for one, other in (("base", "base-node"), ("base", "bottom"), ("bottom", "base-node")):
         given = {"base": base, "base-node": base_node, "bottom": bottom}
         if given[one] is not None and given[other] is not None:
             raise OptionError(f"'{one}' and '{other}' cannot be specified at the same time")
