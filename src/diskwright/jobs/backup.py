@@ -92,6 +92,7 @@ class Backup(Sweep):
         _check(source, target, compress, max_workers, max_chunk)
         self.graph, self.source, self.target, self.sync = graph, source, target, sync
         self.compress = compress
+        self._cleaned: Callable[[], None] | None = None
         self.named: DirtyBitmap | None = None
         if bitmap is not None:
             self.named = _bitmap(source, bitmap)
@@ -231,6 +232,12 @@ class Backup(Sweep):
                     self.graph.release(node)
             closed(self._gate.close)
             closed(self._target_use.close)
+            if self._cleaned is not None:
+                self._cleaned()
+
+    def when_cleaned(self, action: Callable[[], None]) -> None:
+        """``action`` is called when the job has let go of source and target; what it raises makes the job fail."""
+        self._cleaned = action
 
     def _settle_bitmap(self) -> None:
         named, since = self.named, self._since
