@@ -566,12 +566,12 @@ class Filter(ABC):
     options: ClassVar[type] = NoOptions
     prefixes: ClassVar[tuple[str, ...]] = ()
     """File names beginning with one of these and a colon belong to this driver."""
-    roles: ClassVar[tuple[Role, ...]] = (Role("file"),)
+    roles: tuple[Role, ...] = (Role("file"),)
     """Its children; the first is the one it filters."""
 
     opaque: ClassVar[bool] = False
     """Whether what the child's map says does not hold for it: it has ``extent_at`` and ``extents`` of its own then."""
-    needs: ClassVar[Mapping[str, Access]] = {}
+    needs: Mapping[str, Access] = {}
     """What it does with its other children and lets others do, by role."""
 
     child: Node
@@ -584,6 +584,11 @@ class Filter(ABC):
     def parse_filename(cls, filename: str) -> dict[str, object]:
         """The options, children among them, that ``filename`` stands for. Raises OptionError."""
         return {cls.roles[0].name: {"filename": filename}}
+
+    @classmethod
+    def child_roles(cls, options: dict[str, object]) -> tuple[Role, ...]:
+        """The children that a node opened with ``options`` has. May put the options of each where its role says."""
+        return cls.roles
 
     @classmethod
     def open(cls, context: OpenContext, options: Any) -> Self:

@@ -230,13 +230,14 @@ class Graph:
         if "filename" in options:
             options = {**cls.parse_filename(_taken_name(options)), **options}
         children: dict[str, Node] = {}
-        for role in cls.roles:
+        roles = cls.child_roles(options)
+        for role in roles:
             child = self._open_child(role.name, options, replace(mode, bytes=not role.image), made, above)
             if child is not None:
                 children[role.name] = child
             elif not role.optional:
                 raise OptionError(f'A block device must be specified for "{role.name}"')
-        first = children[cls.roles[0].name]
+        first = children[roles[0].name]
         context = OpenContext(
             first,
             self.leases,
@@ -261,9 +262,10 @@ class Graph:
 
     def _claim(self, node: FilterNode, filter: Filter, mode: Mode) -> None:
         """Makes known what a filter does with its child beyond what its users do."""
+        children = node.children()
         for role, access in filter.needs.items():
-            if role in filter.further:
-                self.use(node, filter.further[role], access)
+            if role in children:
+                self.use(node, children[role], access)
         nothing = Access(0, ALL)
         own = filter.access(nothing)
         if own == nothing:

@@ -66,7 +66,7 @@ class CopyBeforeWrite(Filter):
     name = "copy-before-write"
     options: ClassVar[type] = CopyBeforeWriteOptions
     roles = (Role("file", image=True), Role("target", image=True))
-    needs: ClassVar = {"target": Access(READ | WRITE, READ | WRITE_UNCHANGED)}
+    needs = {"target": Access(READ | WRITE, READ | WRITE_UNCHANGED)}
 
     def __init__(
         self,
