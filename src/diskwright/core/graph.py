@@ -101,6 +101,7 @@ class Graph:
         self.leases = Leases()
         self.draining = Draining()
         self._lock = threading.RLock()
+        self._drained_by = threading.RLock()  # taken before the other
         self._nodes: dict[str, Node] = {}
         self._owners: dict[str, int] = {}  # node name -> how many parents, disks and openers hold it
         self._uses: list[tuple[object, Node, Access]] = []
@@ -607,8 +608,9 @@ class Graph:
     @contextmanager
     def drained(self) -> Iterator[None]:
         """Inside, no disk of the graph has a request in flight. Holds new ones first, all of them, so that
-        waiting for one disk's requests does not leave room for another's."""
-        with ExitStack() as stack:
+        waiting for one disk's requests does not leave room for another's. One thread at a time: who reads within such
+        a section must not meet the changes of another. Never enter it from within a request."""
+        with self._drained_by, ExitStack() as stack:
             with self._lock:
                 disks = list(self._disks)
             for disk in disks:

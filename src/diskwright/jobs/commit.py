@@ -229,6 +229,8 @@ class Commit(Sweep):
     def prepare(self) -> None:
         """Takes the images out of the chain."""
         with self.quiet(), self.graph.drained():
+            if set(_overlays(self.graph, self.top)) != set(self._overlays):
+                raise GraphError(f"Other images than at the beginning have '{self.top.name}' as their backing file")
             self.base.flush()
             for overlay in self._overlays:
                 name = self._backing_file

@@ -425,7 +425,7 @@ class Job(ABC):
                 self._move(State.ABORTING)
             self.error = error
             data = self._event_data()
-            if isinstance(error, Cancelled):
+            if isinstance(error, Cancelled) or (error is not None and self._cancelled):  # also when it failed on top
                 self._emit("BLOCK_JOB_CANCELLED", data)
             else:
                 if error is not None:

@@ -23,7 +23,7 @@ from diskwright.core.inflight import InFlight
 from diskwright.core.leases import Leases
 from diskwright.core.lookup import Run, lookup
 from diskwright.core.node import FilterNode, FormatNode, Node, below_filters, format_of
-from diskwright.core.permissions import ALL, READ, READER, RESIZE, WRITE_UNCHANGED, Access
+from diskwright.core.permissions import ALL, READ, RESIZE, WRITE_UNCHANGED, Access
 from diskwright.core.status import status
 from diskwright.engine.clock import Clock
 from diskwright.engine.copy import Copier, Range, ReadFailed, WriteFailed
@@ -37,6 +37,11 @@ from diskwright.units import MiB, align_down, align_up
 
 _FILLER: Final = Access(READ | WRITE_UNCHANGED, ALL & ~RESIZE)
 """Of the image that is filled: others may write to it, but its size has to stay."""
+
+_KEPT: Final = Access(READ, READ)
+"""Of images it fills from: their chain has to stay as it is."""
+_BASE: Final = Access(READ, ALL)
+"""Of the base: it has to stay in the chain."""
 
 
 def stream_job(
@@ -136,7 +141,9 @@ class Stream(Sweep):
         with ExitStack() as undo:
             undo.callback(graph.end_use, self)
             for image in self._images:
-                graph.use(self, image, READER)
+                graph.use(self, image, _KEPT)
+            if self.base is not None:
+                graph.use(self, self.base, _BASE)
             self._reopened = bool(graph.set_writable(self.top, True))
             undo.callback(self._close_again)
             self._gate = graph.disk(self.top, _FILLER)
