@@ -137,8 +137,9 @@ def test_cancelled_anywhere_nothing_has_changed(tmp_path: Path) -> None:
                     job.cancel()
 
             undo = inject(c.node(0), count)
-            job.start()
-            if not after:
+            if after:
+                job.start()
+            else:
                 job.cancel()
             assert job.wait(WAIT)
             undo()
