@@ -227,6 +227,39 @@ def test_top_leaves_out_what_is_below(tmp_path: Path) -> None:
     assert read_file(target) == moment
 
 
+@pytest.mark.parametrize("sync", ["none", "full"])
+def test_a_target_that_stands_on_the_source(tmp_path: Path, sync: Any) -> None:
+    """As fleecing was done before there was snapshot-access: where the target has nothing it reads the source, so what
+    was zeros has to be copied before it is written to as well."""
+    disk, over = str(tmp_path / "disk.qcow2"), str(tmp_path / "over.qcow2")
+    create_image(disk, "qcow2", {"size": SIZE})
+    create_image(over, "qcow2", {"size": SIZE})
+    graph = Graph()
+    try:
+        source = graph.open({"driver": "qcow2", "filename": disk, "node-name": "disk"}, writable=True)
+        node = graph.open({"driver": "qcow2", "filename": over, "backing": "disk"}, writable=True)
+        guest = graph.disk(source, GUEST)
+        guest.pwrite(MiB, b"old" * GRANULE)
+        moment = read_all(source)
+        job = Backup("b", graph, source, node, sync=sync)
+        for at in (0, MiB, 2 * MiB):
+            guest.pwrite(at, b"new")
+        assert read_all(node) == moment
+        job.start()
+        if sync == "full":
+            job.result(WAIT)
+            guest.pwrite(0, b"x" * SIZE)
+        else:
+            guest.zero(0, SIZE)
+        assert read_all(node) == moment
+        if sync == "none":
+            job.cancel()
+            assert job.wait(WAIT)
+        graph.release(node)
+    finally:
+        graph.close()
+
+
 # -- dirty bitmaps ---------------------------------------------------------------------------------
 
 ABC = (0, 7 * GRANULE, 20 * GRANULE)

@@ -21,6 +21,7 @@ from typing import ClassVar, Final
 
 from diskwright.core import bitmaps
 from diskwright.core.bitmap import DEFAULT_GRANULARITY, DirtyBitmap
+from diskwright.core.chain import chain
 from diskwright.core.driver import Filter, OpenContext, Role, Segments, not_supported
 from diskwright.core.inflight import InFlight
 from diskwright.core.leases import Leases
@@ -98,6 +99,9 @@ class CopyBeforeWrite(Filter):
         else:
             self.access_map.merge(bitmap)
         self.todo.merge(self.access_map)
+        self.stands_on_source = below_filters(child) in list(chain(target))
+        """Whether the target reads the source where it has nothing: then what is zeros there now may be so no longer in
+        a moment, and has to be copied like everything else."""
         self.in_flight = InFlight()
         self.error: BaseException | None = None
         self.broken: Callable[[], None] | None = None
@@ -256,7 +260,7 @@ class CopyBeforeWrite(Filter):
                         self.target.write_compressed([(start, data)])
                     else:
                         self.target.writev([(start, data)])
-                elif lookup(self.target, start, size) != [(start, size, ZERO)]:
+                elif self.stands_on_source or lookup(self.target, start, size) != [(start, size, ZERO)]:
                     self.target.write_zeros(start, size, unmap=True)
             at += step
 

@@ -144,6 +144,7 @@ class Backup(Sweep):
 
     def run(self) -> None:
         copier = _Copier(self.source, self.target, self.graph, self._gate, self.compress)
+        copier.unmap = not self.filter.stands_on_source  # else zeros are left out where the target has them already
         if self.sync == "none":
             while True:  # until it is cancelled
                 self.pause_point()
