@@ -38,6 +38,7 @@ class Theirs:
 
     def __init__(self, daemon: QemuStorageDaemon) -> None:
         self.qmp: Qmp = daemon.qmp
+        self.stopped: list[str] = []
 
     def add(self, options: dict[str, Any]) -> None:
         self.qmp.execute("blockdev-add", options)
@@ -62,12 +63,20 @@ class Theirs:
                     self.qmp.execute("block-job-complete", device="j")
                 except QmpError:
                     pass  # it has been asked already
+            self._resume()
             if any(data.get("status") == "concluded" for _, data in found):
                 if command_keeps(found):
                     self.qmp.execute("job-dismiss", id="j")
                 return [(e["event"], e["data"]) for e in self.qmp.events if e["event"] in EVENTS]
             time.sleep(0.01)
         raise AssertionError("the job did not end")
+
+    def _resume(self) -> None:
+        """Lets a job that stopped for an error go on."""
+        for job in self.qmp.execute("query-block-jobs"):
+            if job["io-status"] != "ok":
+                self.stopped.append(job["io-status"])
+                self.qmp.execute("block-job-resume", device="j")
 
     def refusal(self, command: str, arguments: dict[str, Any]) -> str:
         try:
@@ -78,7 +87,8 @@ class Theirs:
 
 
 EVENTS = (
-    "JOB_STATUS_CHANGE", "BLOCK_JOB_READY", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED", "BLOCK_JOB_PENDING",
+    "JOB_STATUS_CHANGE", "BLOCK_JOB_ERROR", "BLOCK_JOB_READY", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED",
+    "BLOCK_JOB_PENDING",
 )  # fmt: skip
 
 
@@ -92,6 +102,7 @@ class Ours:
 
     def __init__(self) -> None:
         self.graph = Graph()
+        self.stopped: list[str] = []
 
     def add(self, options: dict[str, Any]) -> None:
         self.graph.open(options, writable=True)
@@ -119,7 +130,10 @@ class Ours:
         end = time.monotonic() + WAIT
         while not job.wait(0.01):
             assert time.monotonic() < end
-            if job.ready:
+            if job.io_status != "ok":
+                self.stopped.append(job.io_status)
+                job.resume()
+            elif job.ready:
                 job.complete()
                 job.result(WAIT)
         if not job.block:
@@ -311,3 +325,44 @@ def test_refusals(tmp_path: Path, theirs: Theirs, ours: Ours) -> None:
         if said[0] != said[1]:
             differing.append((command, arguments, *said))  # type: ignore[arg-type]
     assert not differing
+
+
+FAULTS: list[tuple[str, dict[str, Any], str]] = [
+    ("block-commit", {"device": "n3", "top-node": "n2", "base-node": "n0"}, "on-error"),
+    ("block-stream", {"device": "n3"}, "on-error"),
+    ("blockdev-backup", {"device": "n3", "target": "faulty", "sync": "full"}, "on-target-error"),
+    ("blockdev-mirror", {"device": "n3", "target": "faulty", "sync": "full"}, "on-target-error"),
+]
+
+
+@pytest.mark.parametrize("policy", ["report", "stop", "enospc", "ignore"])
+@pytest.mark.parametrize(("command", "arguments", "word"), FAULTS, ids=[command for command, _, _ in FAULTS])
+def test_an_error_as_the_policy_says(
+    tmp_path: Path, theirs: Theirs, ours: Ours, command: str, arguments: dict[str, Any], word: str, policy: str
+) -> None:
+    """One write fails, by ``blkdebug``. What is told of it, what the job's state is, and how it ends."""
+    number = 28 if policy == "enospc" else 5
+    told: list[list[Event]] = []
+    for side in (theirs, ours):
+        folder = tmp_path / type(side).__name__
+        names = images(folder)
+        # One write to the image that is written to fails, and no other.
+        broken = {"block-commit": 0, "block-stream": 3}.get(command)
+        fault = {"event": "write_aio", "errno": number, "once": True, "iotype": "write"}
+        for i, name in enumerate(names):
+            file: dict[str, Any] = {"driver": "file", "filename": name}
+            if i < 3 and isinstance(side, Theirs):
+                file["auto-read-only"] = True
+            if i == broken:
+                file = {"driver": "blkdebug", "image": file, "inject-error": [fault]}
+            options = {"driver": "qcow2", "node-name": f"n{i}", "backing": f"n{i - 1}" if i else None, "file": file}
+            side.add(options | ({"read-only": True} if i < 3 else {}))
+        if broken is None:
+            file = {"driver": "file", "filename": str(folder / "target.qcow2")}
+            file = {"driver": "blkdebug", "image": file, "inject-error": [fault]}
+            side.add({"driver": "qcow2", "node-name": "faulty", "file": file})
+        events = side.job(command, {**arguments, word: policy})
+        kept = [(name, data) for name, data in events if name in ("BLOCK_JOB_ERROR", "BLOCK_JOB_COMPLETED")]
+        told.append([(name, {k: v for k, v in data.items() if k not in ("len", "offset")}) for name, data in kept])
+    assert told[0] == told[1]
+    assert theirs.stopped == ours.stopped

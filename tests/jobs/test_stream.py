@@ -152,7 +152,7 @@ def test_errors_as_the_policy_says(tmp_path: Path, where: str, policy: str) -> N
         told = [data for name, data in c.events if name == "BLOCK_JOB_ERROR"]
         fails = policy in ("report", "ignore")
         action = "stop" if stops else "ignore" if policy == "ignore" and where != "flush" else "report"
-        assert told == [{"device": "s", "operation": "read" if where == "read" else "write", "action": action}]
+        assert told == [{"device": "s", "operation": "write" if where == "flush" else "read", "action": action}]
         assert (job.error is not None) == fails
         assert (c.top.backing is None) == (not fails)
         expected = c.models[3][:-4] + b"mean" if stops else c.models[3]

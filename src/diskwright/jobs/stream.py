@@ -107,6 +107,7 @@ class Stream(Sweep):
 
     type = "stream"
     skips_errors = True
+    told_as = "read"  # as QEMU has it: to stream is to read with copy-on-read
 
     def __init__(
         self,

@@ -37,6 +37,8 @@ class Sweep(Job):
     ``policies``    by operation, ``read`` and ``write``
     """
 
+    told_as: ClassVar[str | None] = None
+    """What ``BLOCK_JOB_ERROR`` calls the operation that failed, whichever it was."""
     skips_errors: ClassVar[bool] = False
     """Whether an error that is to be ignored is one more part that is not done, rather than tried again: then the job
     fails at its end, with the first such error, ``skipped``."""
@@ -196,7 +198,7 @@ class Sweep(Job):
         """What a worker could not do is to be done again; then the policy decides."""
         cause = cast(Exception, error.__cause__)
         operation = "read" if isinstance(error, ReadFailed) else "write"
-        chosen = self.handle_error(cause, operation, self._policies[operation])
+        chosen = self.handle_error(cause, self.told_as or operation, self._policies[operation])
         with self.in_flight.changed:
             if chosen is Action.IGNORE and self.skips_errors:
                 self.skipped = self.skipped or cause
