@@ -231,8 +231,7 @@ class Commit(Sweep):
         with self.quiet(), self.graph.drained():
             if set(_overlays(self.graph, self.top)) != set(self._overlays):
                 raise GraphError(f"Other images than at the beginning have '{self.top.name}' as their backing file")
-            self.base.flush()
-            for overlay in self._overlays:
+            for overlay in self._overlays:  # the base is durable, and nobody but this job has written to it
                 name = self._backing_file
                 if name is None:
                     name = name_seen_from(overlay, self.base)

@@ -240,10 +240,13 @@ class Job(ABC):
                 raise JobError(f"The block job for device '{self.id}' is currently paused")
             if force or not (self.ready and self.soft_cancel()):
                 self._cancelled = True
-            if self._thread is None:  # never started: there is nobody else to bring it to its end
-                self._conclude(Cancelled())
+            orphan = self._thread is None
+            if orphan:
+                self._move(State.ABORTING)
             else:
                 self._resume()
+        if orphan:  # never started: there is nobody else to bring it to its end
+            self._conclude(Cancelled())
         self._deliver()
 
     def finalize(self) -> None:
@@ -407,7 +410,7 @@ class Job(ABC):
         """The end of the work, whatever it was: aborting when it failed, then concluded."""
         with self._cond:
             self.error = error
-            if error is not None:
+            if error is not None and self._state is not State.ABORTING:
                 self._move(State.ABORTING)
         self._deliver()
         if error is not None and self.group is not None:
