@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         UnsafeReference,
         UnsupportedFeature,
     )
+    from diskwright.live import backup, live_commit, stream
 
 _HOMES = {
     "diskwright.api": (
@@ -85,6 +86,7 @@ _HOMES = {
         "UnsafeReference",
         "UnsupportedFeature",
     ),
+    "diskwright.live": ("backup", "live_commit", "stream"),
 }
 
 __all__ = [
@@ -109,6 +111,7 @@ __all__ = [
     "VmState",
     "__version__",
     "apply_snapshot",
+    "backup",
     "check",
     "commit",
     "compact",
@@ -118,11 +121,13 @@ __all__ = [
     "create_snapshot",
     "delete_snapshot",
     "info",
+    "live_commit",
     "mirror",
     "open",
     "rebase",
     "serve",
     "snapshots",
+    "stream",
 ]
 
 

@@ -478,7 +478,7 @@ def rebase(
 
 
 def commit(
-    image: Spec | os.PathLike[str],
+    image: Disk | Spec | os.PathLike[str],
     base: str | None = None,
     *,
     format: str | None = None,
@@ -491,7 +491,13 @@ def commit(
 
     The base is durable before anything is given up. Other overlays of the base, or of images between, read something
     else afterwards. Raises OptionError when there is no such base, ImageError or OSError.
+
+    A disk that is open may be in use: what is written to it meanwhile is committed as well, and it goes on upon the
+    base afterwards, by default the lowest of the chain; its former images are neither emptied nor used any more.
+    ``live_commit`` does that as a job. Raises JobError, GraphError, ImageError or OSError.
     """
+    if isinstance(image, Disk):
+        return _commit_disk(image, base, progress)
     from diskwright.core.chain import chain, depth_of
     from diskwright.engine.commit import Commit
     from diskwright.engine.convert import CopyFailed
@@ -518,6 +524,22 @@ def commit(
         raise error.__cause__ or error from None
     finally:
         graph.close()
+
+
+def _commit_disk(disk: Disk, base: str | None, progress: Progress | None) -> None:
+    from diskwright.jobs.commit import commit_job
+
+    seen = threading.Event()
+    job = commit_job(
+        "commit", disk.graph, below_filters(disk.node), base=base, auto_dismiss=False,
+        on_event=lambda name, data: seen.set() if name in ("BLOCK_JOB_READY", "BLOCK_JOB_COMPLETED") else None,
+    )  # fmt: skip
+    job.start()
+    with _reporting(job.progress, progress):
+        seen.wait()
+        if job.ready:
+            job.complete()
+        job.result()
 
 
 def compact(

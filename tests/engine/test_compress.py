@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diskwright.core.driver import Segments
+from diskwright.core.lookup import ABSENT
 from diskwright.core.node import FormatNode, Node, StorageNode
 from diskwright.engine.compress import CompressedConversion, whole_units
 from diskwright.engine.convert import CopyFailed
-from diskwright.engine.lookup import ABSENT
 from diskwright.extents import DATA, SPECIAL, ZERO
 from tests.core.ram import Ram
 from tests.formats.qcow2.support import Image, Tape, checked, contents, created

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diskwright.core.graph import Graph
+from diskwright.core.lookup import ABSENT, Run, lookup, widen
 from diskwright.core.node import FormatNode, Node, StorageNode
 from diskwright.core.status import status
-from diskwright.engine.lookup import ABSENT, Run, lookup, widen
 from diskwright.extents import DATA, SPECIAL, UNALLOCATED, ZERO, Extent
 from diskwright.formats.raw import Raw
 from tests.core.ram import Ram

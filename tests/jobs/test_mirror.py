@@ -18,7 +18,7 @@ from diskwright.jobs.job import Cancelled
 from diskwright.jobs.mirror import Mirror
 from diskwright.jobs.states import State
 from diskwright.units import KiB, MiB
-from tests.jobs.faulty import Fault
+from tests.jobs.faulty import Fault, faulty_node
 from tests.jobs.mirrors import GUEST, WAIT, Writers, fast_storage, read_all, rig, until, until_ready
 
 SIZE = 3 * MiB + 70 * KiB  # not a multiple of a granule or a chunk
@@ -472,8 +472,7 @@ def test_stop_pauses_until_the_cause_is_mended(policy: str, number: int, status:
         assert offset < length == SIZE
         r.guest.pwrite(2 * MiB, b"the guest goes on")
         job.resume()  # nothing is mended: it stops again
-        until(lambda: [n for n, d in r.events if n == "BLOCK_JOB_ERROR"][1:])
-        until(lambda: job.state is State.PAUSED)
+        until(lambda: job.io_status == status and job.state is State.PAUSED)  # "ok" since it was resumed
         r.target_ram.hook = None
         job.resume()
         until_ready(job)
@@ -775,3 +774,70 @@ def test_two_mirrors_of_one_source_at_once() -> None:
         assert r.target_bytes() == r.frozen
         assert [bytes(second_ram.data)] == frozen
         assert r.guest.node is r.source
+
+
+# -- several of one disk ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("modes", [("background", "background"), ("write-blocking", "write-blocking")])
+@pytest.mark.parametrize("first", [True, False])
+def test_several_mirrors_of_one_disk(modes: tuple[Any, Any], first: bool) -> None:
+    """One goes first, and may take the users with it: the other follows them."""
+    with rig(SIZE) as r:
+        fast_storage(r.source_ram)
+        fast_storage(r.target_ram)
+        r.fill()
+        third, third_ram = faulty_node(r.graph, SIZE, "third")
+        fast_storage(third_ram)
+        alike: list[bool] = []
+
+        def compare() -> None:
+            alike.append(read_all(two.source) == read_all(third))
+
+        with Writers(r.guest, 2) as writers:
+            one = r.mirror(copy_mode=modes[0])
+            two = Mirror("two", r.graph, r.source, third, copy_mode=modes[1], at_end=compare)
+            r.jobs.append(two)
+            for job in (one, two):
+                job.start()
+            for job in (one, two):
+                until_ready(job)
+            finish(one, pivot=first)
+            one.result(WAIT)
+            until(lambda before=writers.writes: writers.writes > before + 30)
+            assert two.source is (r.target if first else r.source)
+            finish(two, pivot=True)
+            two.result(WAIT)
+            until(lambda before=writers.writes: writers.writes > before + 30)
+        writers.check()
+        assert alike == [True]
+        assert r.guest.node is third
+        assert r.source.bitmaps == r.target.bitmaps == third.bitmaps == ()
+        if not first:
+            assert r.target_bytes() == r.frozen
+
+
+def test_the_filter_has_the_name_it_is_given() -> None:
+    with rig(SIZE) as r:
+        job = r.mirror(copy_mode="write-blocking", filter_node_name="here")
+        job.start()
+        until_ready(job)
+        assert r.guest.node is r.graph.node("here")
+        job.cancel()
+        assert job.wait(WAIT)
+
+
+def test_another_node_than_the_source_can_be_replaced() -> None:
+    """A disk that reads the source through a filter goes on upon the target without it."""
+    with rig(SIZE) as r:
+        r.fill()
+        node = r.graph.open({"driver": "copy-on-read", "file": "source", "node-name": "over"}, writable=True)
+        disk = r.graph.disk(node, LIVE_READER)
+        job = r.mirror(replaces=node)
+        job.start()
+        until_ready(job)
+        job.complete()
+        job.result(WAIT)
+        assert disk.node is r.target
+        assert r.guest.node is r.source
+        disk.close()

@@ -176,6 +176,10 @@ class DirtyBitmap:
             self.check(allow_readonly=allow_readonly)
             self._busy = True
 
+    def reserve(self) -> None:
+        """Marks the bitmap as in use whatever its state: by one that is going to remove it."""
+        self._busy = True
+
     def release(self) -> None:
         self._busy = False
 

@@ -62,6 +62,10 @@ class CipheredNode(FormatNode):
         self._by_place = format.cipher_by_place
         self._ranges = _Ranges()
 
+    def exchange(self, format: Format) -> None:
+        assert format.cipher is not None
+        self.format, self._cipher = format, format.cipher
+
     def place(self, offset: int, length: int) -> FilePlace | None:
         run = self.format.extent_at(offset, length)
         if run.kind == UNALLOCATED and self.backing is not None and offset < self.backing.size:

@@ -89,6 +89,11 @@ class Storage(ABC):
     @abstractmethod
     def open(cls, options: Any, *, writable: bool) -> Self: ...
 
+    def reopened(self, options: Any, *, writable: bool) -> Self:
+        """The same bytes, open for writing or for reading only: a new storage, made with the options of this one, which
+        the caller then closes; or this very one, where it can be both."""
+        return type(self).open(options, writable=writable)
+
     @classmethod
     def create(cls, options: Any) -> None:
         """Makes what ``open`` can then open, of the size ``options.size``. Existing contents are lost."""
@@ -306,6 +311,8 @@ class OpenContext:
     open_within: Callable[[str, Mapping[str, object]], Node] = _nothing_within
     """``(role, options)``: opens an image that lies within files which are open already (options name them by their
     nodes), as the child ``role``. It has no backing file."""
+    find_node: Callable[[str], Node] | None = None
+    """The open node of a name. Raises GraphError."""
 
 
 class BitmapStore(ABC):
@@ -589,8 +596,13 @@ class Filter(ABC):
     options: ClassVar[type] = NoOptions
     prefixes: ClassVar[tuple[str, ...]] = ()
     """File names beginning with one of these and a colon belong to this driver."""
-    roles: ClassVar[tuple[Role, ...]] = (Role("file"),)
+    roles: tuple[Role, ...] = (Role("file"),)
     """Its children; the first is the one it filters."""
+
+    opaque: ClassVar[bool] = False
+    """Whether what the child's map says does not hold for it: it has ``extent_at`` and ``extents`` of its own then."""
+    needs: Mapping[str, Access] = {}
+    """What it does with its other children and lets others do, by role."""
 
     child: Node
     further: Mapping[str, Node] = {}
@@ -602,6 +614,11 @@ class Filter(ABC):
     def parse_filename(cls, filename: str) -> dict[str, object]:
         """The options, children among them, that ``filename`` stands for. Raises OptionError."""
         return {cls.roles[0].name: {"filename": filename}}
+
+    @classmethod
+    def child_roles(cls, options: dict[str, object]) -> tuple[Role, ...]:
+        """The children that a node opened with ``options`` has. May put the options of each where its role says."""
+        return cls.roles
 
     @classmethod
     def open(cls, context: OpenContext, options: Any) -> Self:
@@ -645,6 +662,30 @@ class Filter(ABC):
 
     def look_up(self, offset: int, length: int) -> None:
         """The map of a range is about to be asked of the child. May raise OSError."""
+
+    def extent_at(self, offset: int, length: int) -> Extent:
+        """The first run of the range; see ``Node.extent_at``."""
+        return self.child.extent_at(offset, length)
+
+    def extents(self, offset: int, length: int) -> Extents:
+        """All runs of the range; see ``Node.extents``."""
+        return self.child.extents(offset, length)
+
+    def snapshot_readv(self, segments: Segments) -> None:
+        """Fills every buffer with what the child was when the filter was put over it. Raises ENOTSUP for a filter that
+        knows no such moment; EACCES where that is not known any more."""
+        raise not_supported(f"Filter '{self.name}' keeps no snapshot")
+
+    def snapshot_extents(self, offset: int, length: int) -> Extents:
+        """The runs of a range as of that moment: DATA and ZERO, without places. Errors as ``snapshot_readv``."""
+        raise not_supported(f"Filter '{self.name}' keeps no snapshot")
+
+    def snapshot_discard(self, offset: int, length: int) -> None:
+        """Nobody will read that part of the snapshot any more. Errors as ``snapshot_readv``."""
+        raise not_supported(f"Filter '{self.name}' keeps no snapshot")
+
+    def settle(self) -> None:
+        """Waits until nothing is in flight below it that no user waits for."""
 
     def transparent(self) -> bool:
         """Whether places of the child may be read directly, past ``readv``."""

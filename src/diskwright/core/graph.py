@@ -45,6 +45,8 @@ from diskwright.units import MAX_CHAIN
 
 Spec = str | Mapping[str, object]
 
+Follower = Callable[[Node], None]
+
 _COMMON = ("driver", "node-name", "read-only", "force-share", "cache", "discard", "detect-zeroes")
 
 MAX_NESTED: Final = 64
@@ -99,10 +101,12 @@ class Graph:
         self.leases = Leases()
         self.draining = Draining()
         self._lock = threading.RLock()
+        self._drained_by = threading.RLock()  # taken before the other
         self._nodes: dict[str, Node] = {}
         self._owners: dict[str, int] = {}  # node name -> how many parents, disks and openers hold it
         self._uses: list[tuple[object, Node, Access]] = []
         self._disks: list[Disk] = []
+        self._followers: list[tuple[Follower, Node]] = []
         self._counter = 0
 
     # -- opening ---------------------------------------------------------------------------------
@@ -212,10 +216,14 @@ class Graph:
             own.setdefault("cache", mode.cache)
         if mode.force_share and "force-share" in known:
             own.setdefault("force-share", True)
-        storage = cls.open(opts.parse(cls.options, own, owner=cls.name), writable=mode.writable)
+        parsed: Any = opts.parse(cls.options, own, owner=cls.name)
+        storage = cls.open(parsed, writable=mode.writable)
         with _closed_on_error(storage):
             storage.set_access(mode.child_access())
-            return self._add(StorageNode(self._name(options), storage, mode.writable), made)
+            node = StorageNode(self._name(options), storage, mode.writable)
+            node.reopened = lambda writable: node.storage.reopened(parsed, writable=writable)
+            node.access_when = lambda writable: replace(mode, writable=writable).child_access()
+            return self._add(node, made)
 
     def _open_filter(
         self, cls: type[Filter], options: dict[str, object], mode: Mode, made: _Made, above: tuple[str, ...]
@@ -223,13 +231,14 @@ class Graph:
         if "filename" in options:
             options = {**cls.parse_filename(_taken_name(options)), **options}
         children: dict[str, Node] = {}
-        for role in cls.roles:
+        roles = cls.child_roles(options)
+        for role in roles:
             child = self._open_child(role.name, options, replace(mode, bytes=not role.image), made, above)
             if child is not None:
                 children[role.name] = child
             elif not role.optional:
                 raise OptionError(f'A block device must be specified for "{role.name}"')
-        first = children[cls.roles[0].name]
+        first = children[roles[0].name]
         context = OpenContext(
             first,
             self.leases,
@@ -239,6 +248,7 @@ class Graph:
             children=children,
             objects=self.objects,
             draining=self.draining,
+            find_node=self.node,
         )
         own: Any = opts.parse(cls.options, _own(opts.flatten(cls.options, options)), owner=cls.name)
         filter = cls.open(context, bind(own, self.secrets))
@@ -253,6 +263,10 @@ class Graph:
 
     def _claim(self, node: FilterNode, filter: Filter, mode: Mode) -> None:
         """Makes known what a filter does with its child beyond what its users do."""
+        children = node.children()
+        for role, access in filter.needs.items():
+            if role in children:
+                self.use(node, children[role], access)
         nothing = Access(0, ALL)
         own = filter.access(nothing)
         if own == nothing:
@@ -283,9 +297,13 @@ class Graph:
         own = _own(options)
         if "pass-discard-request" in {info.name for info in opts.describe(cls.options)}:
             own.setdefault("pass-discard-request", _write_policy(options)[0])
-        form = cls.open(context, bind(opts.parse(cls.options, own, owner=cls.name), self.secrets))
+        parsed: Any = bind(opts.parse(cls.options, own, owner=cls.name), self.secrets)
+        form = cls.open(context, parsed)
         with _closed_on_error(form):
             node = _format_node(self._name(options), form, mode.writable)
+            node.reopened = lambda writable: cls.open(
+                replace(context, writable=writable, open_reference=opener.again), parsed
+            )
             self._add(node, made)
         for child in form.children:
             self._hold(child)
@@ -336,7 +354,7 @@ class Graph:
 
     def _reference_opener(
         self, file: Node, given: dict[str, object], mode: Mode, made: _Made, above: tuple[str, ...]
-    ) -> Any:
+    ) -> _References:
         below = replace(mode, bytes=True)
 
         def open_reference(role: str, filename: str, driver: str | None) -> Node:
@@ -349,7 +367,7 @@ class Graph:
             self.gate.admit(name, named_by=file.filename, role=role)
             return self._whole(made, lambda: self._open_options(driver, {"filename": name}, below, made, above))
 
-        return open_reference
+        return _References(open_reference)
 
     def _open_within(self, options: Mapping[str, object], mode: Mode, made: _Made, above: tuple[str, ...]) -> Node:
         if mode.depth >= MAX_NESTED:
@@ -383,13 +401,19 @@ class Graph:
         """Puts ``filter`` between its child and every disk and parent that uses the child. Drains meanwhile."""
         with self.drained(), self._lock:
             child = filter.child
-            node = FilterNode(name or self._name({}), filter, child.writable)
+            node = FilterNode(self._name({"node-name": name}), filter, child.writable)
             self._nodes[node.name] = node
             self._owners[node.name] = 0
             for below in node.children().values():
                 self._hold(below)
             self._redirect(child, node, skip=node)
             return node
+
+    def put_over(self, node: FilterNode) -> None:
+        """Puts a filter that is open already between its child and every disk and parent that uses the child. Drains
+        meanwhile."""
+        with self.drained(), self._lock:
+            self._redirect(node.child, node, skip=node)
 
     def remove_filter(self, node: FilterNode) -> None:
         """Takes a filter out: its users go on upon its child. Drains meanwhile."""
@@ -407,6 +431,29 @@ class Graph:
             raise GraphError(f"Cannot replace '{old.name}' ({old.size} bytes) by '{new.name}' ({new.size} bytes)")
         with self.drained(), self._lock:
             self._redirect(old, new, skip=new)
+            for follow, node in list(self._followers):
+                if node is old:
+                    follow(new)
+            self._followers = [(follow, new if node is old else node) for follow, node in self._followers]
+
+    def follow(self, node: Node, follow: Follower) -> None:
+        """``follow(new)`` is called when the users of ``node`` go on upon another node, which has the same contents:
+        who watches what they write has to watch that one from then on. It is called with nothing in flight, and the
+        follower stays one of ``new``."""
+        with self._lock:
+            self._followers.append((follow, node))
+
+    def unfollow(self, follow: Follower) -> None:
+        with self._lock:
+            self._followers = [item for item in self._followers if item[0] != follow]
+
+    def set_writable(self, node: Node, writable: bool) -> list[Node]:
+        """Opens ``node``'s image, not its backing files, for writing, or for reading only, as the same node. Returns
+        the nodes that changed. Drains meanwhile. See ``core.reopen`` for the errors."""
+        from diskwright.core.reopen import set_writable
+
+        with self.drained(), self._lock:
+            return set_writable(node, writable)
 
     def set_backing(self, node: Node, backing: Node | None) -> None:
         """``node`` reads from ``backing`` where it has nothing itself. Drains meanwhile; what the image's header says
@@ -426,11 +473,12 @@ class Graph:
                 self.release(old)
 
     def _redirect(self, old: Node, new: Node, *, skip: Node) -> None:
+        below = _all_below(skip)  # what ``new`` stands on must not come to stand on it
         for disk in self._disks:
             if disk.node is old:
                 disk.switch(new)
         for parent in list(self._nodes.values()):
-            if parent is skip:
+            if parent is skip or parent in below:
                 continue
             if isinstance(parent, FilterNode) and parent.child is old:
                 self._hold(new)
@@ -518,6 +566,16 @@ class Graph:
             combine([*others, access])
             self._uses.append((user, node, access))
 
+    def parents(self, node: Node) -> list[Node]:
+        """The nodes that have ``node`` as a child."""
+        return [parent for parent in self.nodes() if node in parent.children().values()]
+
+    def is_written(self, node: Node) -> bool:
+        """Whether somebody may write to ``node``, be it through filters."""
+        with self._lock:
+            root = below_filters(node)
+            return any(access.needs & WRITE for _, used, access in self._uses if below_filters(used) is root)
+
     def hold_exclusively(self, node: Node) -> None:
         """Keeps everybody else from the files of ``node`` (backing files not among them), readers too, until it is
         closed: for changes that one who reads could not follow. Raises ImageLocked."""
@@ -562,8 +620,9 @@ class Graph:
     @contextmanager
     def drained(self) -> Iterator[None]:
         """Inside, no disk of the graph has a request in flight. Holds new ones first, all of them, so that
-        waiting for one disk's requests does not leave room for another's."""
-        with ExitStack() as stack:
+        waiting for one disk's requests does not leave room for another's. One thread at a time: who reads within such
+        a section must not meet the changes of another. Never enter it from within a request."""
+        with self._drained_by, ExitStack() as stack:
             with self._lock:
                 disks = list(self._disks)
             for disk in disks:
@@ -571,6 +630,9 @@ class Graph:
                 stack.callback(disk.end_drain)
             for disk in disks:
                 disk.await_drained()
+            for node in self.nodes():
+                if isinstance(node, FilterNode):
+                    node.filter.settle()
             yield
 
     def close(self) -> None:
@@ -593,6 +655,25 @@ class Graph:
                             errors.append(error)
         if errors:
             raise errors[0]
+
+
+class _References:
+    """Opens the files an image names, and knows them when the image is opened again."""
+
+    def __init__(self, opener: Callable[[str, str, str | None], Node]) -> None:
+        self._opener = opener
+        self._known: dict[str, Node] = {}
+
+    def __call__(self, role: str, filename: str, driver: str | None) -> Node:
+        node = self._known[role] = self._opener(role, filename, driver)
+        return node
+
+    def again(self, role: str, filename: str, driver: str | None) -> Node:
+        """The node of that role; GraphError when the image named no such file before."""
+        try:
+            return self._known[role]
+        except KeyError:
+            raise GraphError(f"'{filename}', which was not named before, is named as '{role}'") from None
 
 
 class _Made(list["Node"]):
@@ -623,10 +704,22 @@ def _below(error: DiskwrightError, layers: int) -> None:
 _BACKING_FAILED = "Could not open backing file: "
 
 
+def _all_below(node: Node) -> list[Node]:
+    """Everything ``node`` reads through."""
+    found: list[Node] = []
+    waiting = [node]
+    while waiting:
+        for child in waiting.pop().children().values():
+            if child not in found:
+                found.append(child)
+                waiting.append(child)
+    return found
+
+
 def _filters_from(node: Node) -> list[Node]:
     """``node`` and those below it down to the first that is not a filter, which is left out."""
     found = []
-    while isinstance(node, FilterNode):
+    while isinstance(node, FilterNode) and not node.filter.opaque:
         found.append(cast(Node, node))
         node = node.child
     return found

@@ -32,6 +32,7 @@ from diskwright.core.driver import (
     Storage,
     not_supported,
 )
+from diskwright.core.permissions import Access
 from diskwright.errors import GraphError
 from diskwright.extents import DATA, SPECIAL, UNALLOCATED, ZERO, Extent, Extents
 from diskwright.units import MiB
@@ -188,6 +189,10 @@ class Node(ABC):
             else:
                 self._writev([(offset, buffer)])
 
+    def write_zeros_unchanged(self, offset: int, length: int) -> None:
+        """The same for a range that reads as zeros already."""
+        self._write_zeros(offset, length, True, False)
+
     def write_zeros(self, offset: int, length: int, *, unmap: bool = False, fast: bool = False) -> None:
         """Makes the whole range read as zeros. ``unmap`` lets space be given back; ``fast`` raises ENOTSUP
         rather than write zeros out."""
@@ -267,6 +272,10 @@ class StorageNode(Node):
     def __init__(self, name: str, storage: Storage, writable: bool) -> None:
         super().__init__(name, storage.name, storage.filename, writable)
         self.storage = storage
+        self.reopened: Callable[[bool], Storage] | None = None
+        """Opens the same bytes anew, for writing or not; see ``core.reopen``. None: it was made outside a graph."""
+        self.access_when: Callable[[bool], Access] | None = None
+        """What its locks then say."""
         # Reading is the hottest path there is and this node adds nothing to it.
         self.readv = storage.readv  # type: ignore[method-assign]
 
@@ -330,12 +339,18 @@ class FormatNode(Node):
     def __init__(self, name: str, format: Format, writable: bool) -> None:
         super().__init__(name, format.name, format.children[0].filename, writable)
         self.format = format
+        self.reopened: Callable[[bool], Format] | None = None
+        """Opens the image anew over the children it has, for writing or not; see ``core.reopen``."""
         self._announce = format.children[0].event  # the file of a format is not exchanged while it is open
         if format.linear is not None:
             self.event = self._announce
         if writable and format.bitmap_store is not None:
             # Who writes has to record it. Who only reads loads them when they are asked for (core.bitmaps).
             self.bitmaps = tuple(format.bitmap_store.load())
+
+    def exchange(self, format: Format) -> None:
+        """Goes on with ``format``, the same image opened anew. Called with no request in flight."""
+        self.format = format
 
     @property
     def size(self) -> int:
@@ -737,11 +752,11 @@ class FilterNode(Node):
 
     def extent_at(self, offset: int, length: int) -> Extent:
         self.filter.look_up(offset, length)
-        return self.filter.child.extent_at(offset, length)
+        return self.filter.extent_at(offset, length)
 
     def extents(self, offset: int, length: int) -> Extents:
         self.filter.look_up(offset, length)
-        return self.filter.child.extents(offset, length)
+        return self.filter.extents(offset, length)
 
     def place(self, offset: int, length: int) -> FilePlace | None:
         return self.filter.child.place(offset, length) if self.filter.transparent() else None
@@ -807,15 +822,15 @@ def fill_zeros(part: memoryview) -> None:
 
 
 def below_filters(node: Node) -> Node:
-    """The first node at or below ``node`` that is not a filter."""
-    while isinstance(node, FilterNode):
+    """The first node at or below ``node`` that is not a filter, or one with a map of its own."""
+    while isinstance(node, FilterNode) and not node.filter.opaque:
         node = node.child
     return node
 
 
 def looked_through(node: Node, offset: int, length: int) -> Node:
     """``below_filters``, for asking of the map of a range, which the filters are told."""
-    while isinstance(node, FilterNode):
+    while isinstance(node, FilterNode) and not node.filter.opaque:
         node.filter.look_up(offset, length)
         node = node.child
     return node

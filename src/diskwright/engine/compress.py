@@ -7,12 +7,12 @@ from typing import Any, Final
 
 from diskwright.core.driver import Segment
 from diskwright.core.leases import Leases
+from diskwright.core.lookup import ABSENT, Run, lookup
 from diskwright.core.node import Node
 from diskwright.core.status import status
 from diskwright.engine.clock import Clock
 from diskwright.engine.convert import Conversion, coding_workers, copy_failed, read_salvaging
 from diskwright.engine.copy import CHUNK, Copier, Range, ReadFailed, WriteFailed, run_plan
-from diskwright.engine.lookup import ABSENT, Run, lookup
 from diskwright.engine.zeros import is_zero, zero_runs
 from diskwright.errors import DiskwrightError
 from diskwright.extents import DATA, WINDOW, ZERO, windows

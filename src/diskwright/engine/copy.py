@@ -15,11 +15,11 @@ from typing import Final
 from diskwright.core.disk import Disk
 from diskwright.core.driver import Segment
 from diskwright.core.leases import Leases
+from diskwright.core.lookup import ABSENT, Run, lookup, widen
 from diskwright.core.node import Node
 from diskwright.core.status import status
 from diskwright.engine.buffers import Buffers
 from diskwright.engine.clock import Clock, Clocks
-from diskwright.engine.lookup import ABSENT, Run, lookup, widen
 from diskwright.engine.rate import RateLimit
 from diskwright.engine.zeros import SPARSE, WORD, zero_runs
 from diskwright.errors import DiskwrightError

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from diskwright.core.chain import common_base
+from diskwright.core.lookup import ABSENT, Run, lookup
 from diskwright.core.node import fill_zeros
 from diskwright.engine.copy import CHUNK
-from diskwright.engine.lookup import ABSENT, Run, lookup
 from diskwright.engine.zeros import is_zero
 from diskwright.errors import JobError
 from diskwright.extents import UNALLOCATED, WINDOW, ZERO, windows

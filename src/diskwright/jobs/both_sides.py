@@ -8,10 +8,10 @@ from typing import Final
 
 from diskwright.core.bitmap import DirtyBitmap
 from diskwright.core.driver import Filter, Segments
+from diskwright.core.inflight import InFlight
+from diskwright.core.lookup import lookup
 from diskwright.core.node import Node
-from diskwright.engine.lookup import lookup
 from diskwright.extents import ZERO
-from diskwright.jobs.inflight import InFlight
 from diskwright.units import align_down, align_up
 
 _log: Final = logging.getLogger(__name__)

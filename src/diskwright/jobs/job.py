@@ -22,6 +22,7 @@ from typing import ClassVar, Final
 from diskwright.engine.policy import Action, OnError, action, io_status
 from diskwright.engine.rate import RateLimit
 from diskwright.errors import JobError, message_of
+from diskwright.jobs.group import JobGroup
 from diskwright.jobs.states import ENDED, State, Verb, check_move, check_verb
 
 EventSink = Callable[[str, dict[str, object]], None]
@@ -53,6 +54,8 @@ class Job(ABC):
     """
 
     type: ClassVar[str]
+    block: ClassVar[bool] = True
+    """Whether it is one of QMP's block jobs: others are told of by ``JOB_STATUS_CHANGE`` only."""
 
     def __init__(
         self,
@@ -80,6 +83,7 @@ class Job(ABC):
         self._finalized = auto_finalize
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
+        self.group: JobGroup | None = None
         self._vanished: list[Callable[[Job], None]] = []
         with self._cond:
             self._emit_state()
@@ -236,18 +240,23 @@ class Job(ABC):
                 raise JobError(f"The block job for device '{self.id}' is currently paused")
             if force or not (self.ready and self.soft_cancel()):
                 self._cancelled = True
-            if self._thread is None:  # never started: there is nobody else to bring it to its end
-                self._conclude(Cancelled())
+            orphan = self._thread is None
+            if orphan:
+                self._move(State.ABORTING)
             else:
                 self._resume()
+        if orphan:  # never started: there is nobody else to bring it to its end
+            self._conclude(Cancelled())
         self._deliver()
 
     def finalize(self) -> None:
-        """Lets a pending job take its last step."""
+        """Lets a pending job take its last step; all of a group take it together."""
         with self._cond:
             check_verb(self.id, self._state, Verb.FINALIZE)
-            self._finalized = True
-            self.wake()
+        for job in self.group.jobs if self.group is not None else (self,):
+            with job._cond:
+                job._finalized = True
+                job.wake()
 
     def dismiss(self) -> None:
         """Lets a concluded job vanish."""
@@ -357,6 +366,8 @@ class Job(ABC):
         with self._cond:
             self._cond.notify_all()
         self.rate.wake()
+        if self.group is not None:
+            self.group.wake()
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -366,6 +377,8 @@ class Job(ABC):
             self.run()
             self._await_finalize()
             self.prepare()
+            if self.group is not None:
+                self.group.prepared(self)
         except BaseException as caught:
             error = caught
         self._conclude(error)
@@ -377,22 +390,31 @@ class Job(ABC):
             if self._cancelled:
                 raise Cancelled
             self._move(State.WAITING)
+        if self.group is not None:
+            self._deliver()
+            self.group.waited(self)
+        with self._cond:
             self._move(State.PENDING)
             if not self.auto_finalize:
                 self._emit("BLOCK_JOB_PENDING", {"type": self.type, "id": self.id})
         self._deliver()
         with self._cond:
-            self._cond.wait_for(lambda: self._finalized or self._cancelled)
+            self._cond.wait_for(lambda: self._all_finalized() or self._cancelled)
             if self._cancelled:
                 raise Cancelled
+
+    def _all_finalized(self) -> bool:
+        return all(job._finalized for job in self.group.jobs) if self.group is not None else self._finalized
 
     def _conclude(self, error: BaseException | None) -> None:
         """The end of the work, whatever it was: aborting when it failed, then concluded."""
         with self._cond:
             self.error = error
-            if error is not None:
+            if error is not None and self._state is not State.ABORTING:
                 self._move(State.ABORTING)
         self._deliver()
+        if error is not None and self.group is not None:
+            self.group.failed(self)
         try:
             if error is not None:
                 self.abort()
@@ -406,7 +428,7 @@ class Job(ABC):
                 self._move(State.ABORTING)
             self.error = error
             data = self._event_data()
-            if isinstance(error, Cancelled):
+            if isinstance(error, Cancelled) or (error is not None and self._cancelled):  # also when it failed on top
                 self._emit("BLOCK_JOB_CANCELLED", data)
             else:
                 if error is not None:
@@ -444,7 +466,7 @@ class Job(ABC):
         self._emit("JOB_STATUS_CHANGE", {"status": self._state.value, "id": self.id})
 
     def _emit(self, name: str, data: dict[str, object]) -> None:
-        if self._on_event is not None:
+        if self._on_event is not None and (self.block or name == "JOB_STATUS_CHANGE"):
             self._events.append((name, data))
 
     def _deliver(self) -> None:

@@ -24,6 +24,7 @@ from diskwright.core.bitmap import DEFAULT_GRANULARITY, MIN_GRANULARITY, DirtyBi
 from diskwright.core.disk import Disk
 from diskwright.core.driver import not_supported
 from diskwright.core.graph import Graph
+from diskwright.core.inflight import InFlight
 from diskwright.core.node import FilterNode, FormatNode, Node, below_filters
 from diskwright.core.permissions import ALL, READ, RESIZE, WRITER, Access
 from diskwright.core.status import Status, status
@@ -34,7 +35,6 @@ from diskwright.engine.policy import Action, OnError
 from diskwright.errors import DiskwrightError, GraphError, JobError, OptionError, errno_of
 from diskwright.extents import WINDOW, windows
 from diskwright.jobs.both_sides import BothSides
-from diskwright.jobs.inflight import InFlight
 from diskwright.jobs.job import EventSink, Job
 from diskwright.units import KiB, MiB, align_down, align_up, is_power_of_two
 
@@ -70,11 +70,14 @@ class Mirror(Job):
 
     ``sync``              full: everything; top: what the source's own layer has; none: only what is written from
                           now on
+    ``base``              the target has what only this image of the source's chain, or one below it, has
     ``granularity``       bytes a dirty bit stands for, a power of two from 512 to 64 MiB
     ``buf_size``          bytes in flight at most; 0 for the default
     ``unmap``             zeros need not be allocated in the target
     ``target_is_zero``    the target is new: nobody has written to it
     ``copy_mode``         see the module's text
+    ``replaces``          the node whose users go on upon the target; default: the source
+    ``filter_node_name``  the name of the filter of a write-blocking mirror
     ``on_source_error``, ``on_target_error``  report, ignore (try again later), enospc, stop
     ``at_end``            called at the moment of which the target is the source: the disk is drained, the target
                           durable, nothing switched yet; what it raises makes the job fail
@@ -94,12 +97,15 @@ class Mirror(Job):
         target: Node,
         *,
         sync: Sync = "full",
+        base: Node | None = None,
         granularity: int | None = None,
         buf_size: int = DEFAULT_BUFFER,
         speed: int = 0,
         unmap: bool = True,
         target_is_zero: bool = False,
         copy_mode: CopyMode = "background",
+        replaces: Node | None = None,
+        filter_node_name: str | None = None,
         on_source_error: str = "report",
         on_target_error: str = "report",
         auto_finalize: bool = True,
@@ -111,7 +117,7 @@ class Mirror(Job):
         self._policies = {"read": OnError(on_source_error), "write": OnError(on_target_error)}
         self.graph, self.source, self.target = graph, source, target
         self.sync, self.unmap, self.copy_mode = sync, unmap, copy_mode
-        self._new_target = target_is_zero
+        self._new_target, self._base = target_is_zero, base
         self._unit = granularity or DEFAULT_GRANULARITY
         self.bitmap = DirtyBitmap(source.size, self._unit)
         self._untouched: DirtyBitmap | None = None  # granules that still read as zeros in the target
@@ -124,6 +130,7 @@ class Mirror(Job):
         self._marked = False  # the bitmap has all that the first pass has to copy
         self._finishing: Literal["", "keep", "pivot"] = ""
         self._finished = False
+        self._replaces, self._filter_name = replaces, filter_node_name
         self._at_end = at_end
         self._filter: FilterNode | None = None
         self._chunk, self._workers = _in_flight(buf_size or DEFAULT_BUFFER)
@@ -139,7 +146,7 @@ class Mirror(Job):
     def _make_copier(self, gate: Disk | None) -> Copier:
         return Copier(
             self.source, self.target, self.graph.leases, sparse=0, unmap=self.unmap, gate=gate,
-            target_zero=self._claim_untouched,
+            target_zero=self._claim_untouched, base=self._base,
         )  # fmt: skip
 
     # -- what the job answers ----------------------------------------------------------------------
@@ -162,8 +169,11 @@ class Mirror(Job):
     def _check_pivot(self) -> None:
         if self.target.size != self.source.size:
             raise JobError(f"The target of '{self.id}' is larger than its source: the disk cannot go on upon it")
+        if self._replaces is not None and self._replaces.size != self.target.size:
+            raise JobError("cannot replace image with a mirror image of different size")
+        replaced = self._replaces or self.source
         for node in self.graph.nodes():
-            if isinstance(node, FormatNode) and self.source in node.format.children:
+            if isinstance(node, FormatNode) and replaced in node.format.children:
                 raise JobError(f"'{node.name}' has the source of '{self.id}' as its file: it cannot go on upon another")
 
     def on_change(self, options: dict[str, object]) -> None:
@@ -195,13 +205,18 @@ class Mirror(Job):
 
     def _begin(self) -> None:
         """From here on the bitmap has everything that has to be copied."""
-        zeros = self.sync == "full" and (self._zeros_are_there() or self._retried("write", self._zero_target))
+        zeros = (
+            self.sync == "full"
+            and self._base is None
+            and (self._zeros_are_there() or self._retried("write", self._zero_target))
+        )
         if zeros:
             self._untouched = DirtyBitmap(self.source.size, self._unit)
             self._untouched.set_all()
         with self.quiet(), self.graph.drained():
             # A write that began before must not end unseen after the bitmap is there.
             self.source.add_bitmap(self.bitmap)
+            self.graph.follow(self.source, self._moved)
         self._mark_first_pass(zeros)
         self._marked = True
 
@@ -210,7 +225,14 @@ class Mirror(Job):
             self._catch_up()  # with all that has been written while the job was pending
             self._finish()
 
+    def _moved(self, node: Node) -> None:
+        """Another job has put the source's users on ``node``, which reads as the source does."""
+        self.source.remove_bitmap(self.bitmap)
+        node.add_bitmap(self.bitmap)
+        self.source = self._copier.source = node
+
     def clean(self) -> None:
+        self.graph.unfollow(self._moved)
         self.source.remove_bitmap(self.bitmap)
         try:
             self._remove_filter()
@@ -260,7 +282,7 @@ class Mirror(Job):
         meanwhile mark what they touch themselves."""
         if self.sync == "none":
             return
-        base = below_filters(self.source).backing if self.sync == "top" else None
+        base = self._base or (below_filters(self.source).backing if self.sync == "top" else None)
         if base is None and not zeros:
             self.bitmap.set_all()
             return
@@ -271,7 +293,7 @@ class Mirror(Job):
                     self.bitmap.mark(row.offset, row.length)
 
     def _status(self, offset: int, length: int, base: Node | None) -> list[Status]:
-        with self._gate.request():
+        with self._gate.request():  # within, the source stays the same
             return status(self.source, offset, length, base=base)
 
     def _retried(self, operation: str, step: Callable[[], T]) -> T:
@@ -428,6 +450,7 @@ class Mirror(Job):
             if not self.commit():
                 return False
             self._finished = True
+            self.graph.unfollow(self._moved)
             self.source.remove_bitmap(self.bitmap)  # what is written from here on is not this job's to count
             self._remove_filter()
             if self._finishing == "pivot":
@@ -437,7 +460,7 @@ class Mirror(Job):
     def _pivot(self) -> None:
         with self.graph.drained():  # a disk made since the first one began is not held by it
             self._check_pivot()
-            self.graph.replace(self.source, self.target)
+            self.graph.replace(self._replaces or self.source, self.target)
 
     def _flush_target(self) -> None:
         """Makes the target durable. A failed flush means lost data, so it is never just ignored."""
@@ -458,7 +481,7 @@ class Mirror(Job):
             wrote=self._both_wrote, synced=self._both_synced,
         )  # fmt: skip
         with self.quiet():
-            node = self.graph.insert_filter(filter)
+            node = self.graph.insert_filter(filter, name=self._filter_name)
         self.graph.hold(node)  # it may have no other user
         self._filter = node
 

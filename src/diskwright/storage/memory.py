@@ -48,6 +48,10 @@ class MemoryStorage(DescriptorStorage):
             raise OptionError(f"Memory of {options.size} bytes cannot be had: {error.strerror}") from error
         return storage
 
+    def reopened(self, options: MemoryOptions, *, writable: bool) -> Self:
+        self._writable = writable  # it is kept nowhere else
+        return self
+
     def flush(self) -> None:
         return
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from diskwright.core.ranges import Ranges
 
 
@@ -34,6 +37,21 @@ class InFlight(Ranges):
         self._copies.remove((start, end))
         self.bytes -= end - start
         self.changed.notify_all()
+
+    @contextmanager
+    def beside(self, start: int, end: int) -> Iterator[None]:
+        """Keeps copies away from ``[start, end)``, once none has any of it; others that do the same may overlap."""
+        mine = (start, end)
+        with self.changed:
+            while any(low < end and start < high for low, high in self._copies):
+                self.changed.wait()
+            self._ranges.append(mine)
+        try:
+            yield
+        finally:
+            with self.changed:
+                self._ranges.remove(mine)
+                self.changed.notify_all()
 
     def copies(self) -> list[tuple[int, int]]:
         """The copies in flight as ``(start, end)``. The lock is held."""
